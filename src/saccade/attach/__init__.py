@@ -1,0 +1,9 @@
+"""Putting methods on transformers models: `saccade.attach`, and the door for bare tensors, `saccade.attention`."""
+
+from saccade.attach.calibration import calibrate
+from saccade.attach.capture import Captured, capture
+from saccade.attach.doors import attach, attention, memory
+from saccade.attach.session import Session
+from saccade.attach.stats import Stats
+
+__all__ = ["Captured", "Session", "Stats", "attach", "attention", "calibrate", "capture", "memory"]

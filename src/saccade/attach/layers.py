@@ -1,0 +1,329 @@
+"""One managed layer: how prefill, decode and cache methods act on each of its attention calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.attach.stats import LayerStats, selected_pairs
+from saccade.cache import KVLayer, Segment, Slots
+from saccade.cache.segment import attend_rectangle
+from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Plan, Prefill, Rotary, Selection, merge
+from saccade.ops import attend, decode
+
+STEP_QUERIES = 16  # calls of up to this many queries on a filled cache are decoding (single steps or verified guesses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """q `(B, Hq, m, D)`; k, v: what the model passed (all entries, or the new ones where the cache is not one rectangle).
+    real `(B, m)` marks new tokens that are not padding, None for all. shared: across the layers of this forward pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float | None
+    real: Tensor | None
+    shared: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class LayerRunner:
+    layer: int
+    layers: int
+    prefill: Prefill | None
+    decode: Decode | None
+    policy: CachePolicy | None
+    plans: dict[str, Plan]
+    when: str
+    impl: str
+    seed: int
+    rotary: Rotary | None = None
+    stats: LayerStats = field(default_factory=LayerStats)
+    _last: LayerCall | None = None
+    _layout: HeadLayout | None = None
+
+    # -- one attention call ------------------------------------------------------------------------------------------------
+
+    def run(self, call: LayerCall, layer: KVLayer | None) -> Tensor:
+        """Attention output `(B, Hq, m, Dv)`; the new tokens are already stored."""
+        self._last = LayerCall(
+            q=call.q[:, :, :0], k=call.k[:, :, :0], v=call.v[:, :, :0], scale=call.scale, softcap=call.softcap, real=None, shared={}
+        )
+        self._layout = HeadLayout.of(call.q, call.k, call.v)
+        if layer is None:
+            rows = _rows(call.q.shape[0], call.real is not None)
+            parts = [self._without_cache(call, row) for row in rows]
+        else:
+            rows = _rows(call.q.shape[0], layer.padded)
+            parts = [self._with_cache(call, layer, row) for row in rows]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if layer is not None:
+            self._after(call, layer, rows)
+            self._snapshot(layer)
+        return out
+
+    def _without_cache(self, call: LayerCall, row: int | None) -> Tensor:
+        q, k, v, real = _row_of_call(call, row)
+        ctx = self._context(call, row, None, seen=k.shape[2], phase="prefill")
+        out = self._many(ctx, q, k, v, [])
+        return _scatter(out, real, call.q.shape[2])
+
+    def _with_cache(self, call: LayerCall, layer: KVLayer, row: int | None) -> Tensor:
+        q, _, _, real = _row_of_call(call, row, queries_only=True)
+        m = q.shape[2]
+        if m == 0:
+            return call.q.new_zeros(1, call.q.shape[1], call.q.shape[2], call.v.shape[-1])
+        segments = [s for s in layer.segments if s.row is None or s.row == row]
+        k, v = self._entries(call, layer, row)
+        first = layer.seen == call.q.shape[2]
+        phase = "prefill" if first or call.q.shape[2] > STEP_QUERIES else "decode"
+        ctx = self._context(call, row, layer, seen=layer.seen, phase=phase)
+        if phase == "decode":
+            out = self._few(ctx, layer, q, k, v, segments, row)
+        else:
+            out = self._many(ctx, q, k, v, segments, row)
+        return _scatter(out, real, call.q.shape[2])
+
+    def _entries(self, call: LayerCall, layer: KVLayer, row: int | None) -> tuple[Tensor, Tensor]:
+        """Full-precision entries of the tail as attention sees them, without padding."""
+        assert layer.tail is not None
+        if row is None:
+            latent = layer.plain and call.k.shape[1:] != layer.tail.keys.shape[1:]
+            return (call.k, call.v) if latent else (layer.tail.keys, layer.tail.values)
+        mine, real = slice(row, row + 1), layer.tail.real
+        if layer.plain and call.k.shape[1:] != layer.tail.keys.shape[1:]:
+            k, v = call.k[mine], call.v[mine]
+            return (k, v) if real is None else (k[:, :, real[row]], v[:, :, real[row]])
+        part = layer.tail_row(row)
+        return part.keys, part.values
+
+    def _many(
+        self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None = None
+    ) -> Tensor:
+        """A prompt, a chunk of one, or a later turn."""
+        if segments:
+            parts = [_read_segment(s, q, row, ctx) for s in segments]
+            parts.append(attend(q, k, v, scale=ctx.scale, softcap=ctx.softcap, return_lse=True))
+            self._count(self.stats.prefill, None, q.shape[2], k.shape[2], ctx.seen, sum(s.length for s in segments))
+            return merge(*parts).out
+        if self.prefill is None or q.shape[2] == 1:
+            return ctx.attend(q, k, v, None)
+        return self.prefill.attend(ctx, q, k, v)
+
+    def _few(
+        self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None
+    ) -> Tensor:
+        """Decoding: single steps, or a few guessed tokens to be verified, each handled as if it had come alone."""
+        m, n = q.shape[2], k.shape[2]
+        if self.decode is None or segments:
+            sealed = sum(s.length for s in segments)
+            parts = [_read_segment(s, q, row, ctx) for s in segments]
+            if not segments or n:
+                own = _tail_attention(ctx, q, k, v, return_lse=bool(segments))
+                parts.append(own)
+            for i in range(m):
+                self._count(self.stats.decode, None, 1, n - m + i + 1, ctx.seen - m + i + 1, sealed)
+            return (merge(*parts) if segments else parts[0]).out
+        outs = []
+        for i in range(m):
+            end = n - m + i + 1
+            selection = self._step_selection(ctx, layer, q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], row)
+            part = decode(
+                q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], selection, scale=ctx.scale, softcap=ctx.softcap
+            )
+            self._count(self.stats.decode, selection, 1, end, ctx.seen - m + i + 1)
+            outs.append(part.out)
+        return torch.cat(outs, dim=2)
+
+    def _step_selection(
+        self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, row: int | None
+    ) -> Selection | None:
+        """Bring the index up to date and choose; None for a dense layer."""
+        assert self.decode is not None
+        policy = self.decode.layer_policy(self.layer, self.layers)
+        if policy == "dense":
+            return None
+        if isinstance(policy, int):
+            if ("selection", policy) not in ctx.shared:
+                raise ValueError(f"layer {self.layer} reuses the selection of layer {policy}, which has made none in this step")
+            return ctx.shared["selection", policy]
+        bookkeeping = layer.states.get("observed", row)
+        start = bookkeeping.get("n", 0)
+        if start < k.shape[2]:
+            self.decode.observe(ctx, k[:, :, start:], v[:, :, start:], start)
+            bookkeeping["n"] = k.shape[2]
+        selection = self.decode.select(ctx, q)
+        ctx.shared["selection", self.layer] = selection
+        return selection
+
+    # -- cache policies ----------------------------------------------------------------------------------------------------
+
+    def before_append(self, layer: KVLayer, m: int) -> None:
+        """A single token after a prompt: the prompt has ended, so the policy acts before the token is stored."""
+        if m == 1 and layer.pending:
+            self.end_prompt(layer)
+
+    def after_crop(self, layer: KVLayer, removed: int) -> None:
+        """Tokens were taken back: what was stored with them was a guess being verified, or a prompt with guesses at its end."""
+        if self.decode is not None and layer.tail is not None:
+            for row in _rows(layer.tail.keys.shape[0], layer.padded):
+                n = layer.tail.n if row is None else layer.tail_row(row).keys.shape[2]
+                bookkeeping = layer.states.get("observed", row)
+                if bookkeeping.get("n", 0) > n:
+                    ctx = self._context(self._last, row, layer, seen=layer.seen, phase="decode")
+                    bookkeeping["n"] = self.decode.rewind(ctx, n)
+        if layer.pending:
+            was_prompt = layer.pending - removed > STEP_QUERIES or layer.pending - removed >= layer.seen
+            if was_prompt:
+                self.end_prompt(layer)
+            else:
+                layer.pending = 0
+                self._compress_if_due(layer)
+
+    def end_prompt(self, layer: KVLayer) -> None:
+        """Let the cache policy act on all entries."""
+        layer.pending = 0
+        if self.policy is not None and layer.tail is not None and self._last is not None:
+            self._compress(layer, None)
+
+    def _after(self, call: LayerCall, layer: KVLayer, rows: list[int | None]) -> None:
+        if self.policy is None:
+            return
+        wide = self._wide(call, layer)
+        opened = []
+        for row in rows:
+            q, *_ = _row_of_call(call, row, queries_only=True)
+            slots = self._open(layer, row, wide)
+            if q.shape[2]:
+                ctx = self._context(call, row, layer, seen=layer.seen, phase="cache")
+                self.policy.observe(ctx, slots, q)
+            opened.append((row, slots))
+        layer.close(opened)
+        if call.q.shape[2] > 1 or layer.seen == 1:
+            layer.pending += call.q.shape[2]
+            # latents are expanded by the model before attention: scores can only be taken while they are at hand
+            if self.when == "call" or wide is not None:
+                layer.pending = 0
+                self._compress(layer, wide)
+        else:
+            self._compress_if_due(layer, wide)
+
+    def _compress_if_due(self, layer: KVLayer, wide: tuple[Tensor, Tensor] | None = None) -> None:
+        if self.policy is None or layer.tail is None:
+            return
+        n = max(layer.full_precision_lengths())
+        if self.policy.due(self._context(self._last, None if not layer.padded else 0, layer, seen=layer.seen, phase="cache"), n):
+            self._compress(layer, wide)
+
+    def _compress(self, layer: KVLayer, wide: tuple[Tensor, Tensor] | None) -> None:
+        assert self.policy is not None and layer.tail is not None
+        opened = []
+        for row in _rows(layer.tail.keys.shape[0], layer.padded):
+            slots = self._open(layer, row, wide)
+            ctx = self._context(self._last, row, layer, seen=layer.seen, phase="cache")
+            self.policy.compress(ctx, slots)
+            opened.append((row, slots))
+        moved = any(slots.moved for _, slots in opened)
+        layer.close(opened)
+        if moved and self.decode is not None:
+            # slots have moved: the index is made again from what is left
+            for row in _rows(layer.tail.keys.shape[0], layer.padded):
+                layer.states.get("decode", row).clear()
+                layer.states.get("observed", row).clear()
+        self.stats.compressions += 1
+        self._snapshot(layer)
+
+    def _wide(self, call: LayerCall, layer: KVLayer) -> tuple[Tensor, Tensor] | None:
+        """Expanded keys and values where the model stores latents, else None."""
+        assert layer.tail is not None
+        layer.rectangular = layer.plain and call.k.shape[1:] != layer.tail.keys.shape[1:]
+        return (call.k, call.v) if layer.rectangular else None
+
+    def _open(self, layer: KVLayer, row: int | None, wide: tuple[Tensor, Tensor] | None) -> Slots:
+        slots = layer.open(row)
+        if wide is None:
+            return slots
+        k, v = wide
+        if row is not None:
+            assert layer.tail is not None
+            real = layer.tail.real
+            k, v = (x[row : row + 1] if real is None else x[row : row + 1][:, :, real[row]] for x in wide)
+        return Slots(slots.rectangle, k, v)
+
+    # -- context and counts ------------------------------------------------------------------------------------------------
+
+    def _context(
+        self, call: LayerCall | None, row: int | None, layer: KVLayer | None, *, seen: int, phase: str
+    ) -> LayerContext:
+        assert call is not None and self._layout is not None
+        method = {"prefill": self.prefill, "decode": self.decode, "cache": self.policy}[phase]
+        real_seen = seen if layer is None or row is None else layer.real_seen(row)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None) -> Tensor:
+            out = attend(
+                q, k, v, selection, scale=call.scale, softcap=call.softcap, impl=self.impl  # pyright: ignore[reportArgumentType]
+            ).out  # fmt: skip
+            self._count(self.stats.prefill, selection, q.shape[2], k.shape[2], real_seen)
+            return out
+
+        return LayerContext(
+            layer=self.layer, layers=self.layers, layout=self._layout, scale=call.scale, softcap=call.softcap, attend=run,
+            seen=real_seen, plan=None if method is None else self.plans.get(method.info.slug),
+            state={} if layer is None else layer.states.get(phase, row), shared=call.shared, seed=self.seed, rotary=self.rotary,
+        )  # fmt: skip
+
+    def _count(self, pairs: Any, selection: Selection | None, n_q: int, n_k: int, seen: int, sealed: int = 0) -> None:
+        """Add computed pairs, and the pairs dense attention over all `seen` tokens would have had."""
+        dense = n_q * n_k - n_q * (n_q - 1) / 2
+        computed = (dense if selection is None else selected_pairs(selection)) + n_q * sealed
+        pairs.add(computed, n_q * seen - n_q * (n_q - 1) / 2)
+
+    def _snapshot(self, layer: KVLayer) -> None:
+        self.stats.kept = layer.lengths()
+        self.stats.kv_bytes, self.stats.index_bytes, self.stats.seen = layer.kv_bytes, layer.side_bytes, layer.seen
+
+
+def _rows(batch: int, padded: bool) -> list[int | None]:
+    """Rows differ by padding: one after the other, so that each sees its own tokens only. Else all at once."""
+    return list(range(batch)) if padded else [None]
+
+
+def _row_of_call(call: LayerCall, row: int | None, *, queries_only: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v of one row without its padding, and which of the call's tokens are real."""
+    if row is None:
+        return call.q, call.k, call.v, None
+    mine = slice(row, row + 1)
+    real = None if call.real is None else call.real[row]
+    q, k, v = call.q[mine], call.k[mine], call.v[mine]
+    if real is None:
+        return q, k, v, None
+    if queries_only:
+        return q[:, :, real], k, v, real
+    return q[:, :, real], k[:, :, real], v[:, :, real], real
+
+
+def _scatter(out: Tensor, real: Tensor | None, m: int) -> Tensor:
+    """Put a row's outputs back among its padding, which gives 0."""
+    if real is None:
+        return out
+    full = out.new_zeros(*out.shape[:2], m, out.shape[-1])
+    full[:, :, real] = out
+    return full
+
+
+def _read_segment(segment: Segment, q: Tensor, row: int | None, ctx: LayerContext) -> Partial:
+    return segment.attend_row(q, row, scale=ctx.scale, softcap=ctx.softcap)
+
+
+def _tail_attention(ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Partial:
+    """The newest m tokens over the tail: causal among themselves."""
+    if q.shape[2] == 1 and not return_lse:
+        return decode(q, k, v, scale=ctx.scale, softcap=ctx.softcap)
+    if q.shape[2] == 1:
+        return attend_rectangle(q, k, v, scale=ctx.scale, softcap=ctx.softcap)
+    return attend(q, k, v, scale=ctx.scale, softcap=ctx.softcap, return_lse=return_lse)

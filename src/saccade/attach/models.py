@@ -1,0 +1,86 @@
+"""What can be attached: which layers of a model, and why not the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from saccade.core import CachePolicy, Decode, Method, Prefill
+
+# settings of layer_types that keep every token and are not tied to another mechanism
+_FULL = "full_attention"
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the language model (a part of a multimodal model's)."""
+    return model.config.get_text_config(decoder=True)
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """The attention kind of each layer as transformers' cache sees it."""
+    config = text_config(model)
+    layers = int(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        if getattr(config, "sliding_window", None):
+            kinds = ["sliding_attention"] * layers
+        elif getattr(config, "attention_chunk_size", None):
+            kinds = ["chunked_attention"] * layers
+        else:
+            kinds = [_FULL] * layers
+    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    # layers that read another layer's cache have none of their own
+    return [*kinds[: layers - shared], *["shared"] * min(shared, layers)]
+
+
+def managed_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the full-attention layers, which an attached model takes over; the rest is left alone.
+
+    ValueError, in one sentence, when the model can't be attached.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"attach takes a transformers model, not {type(model).__name__}")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: only decoder-only models can be attached")
+    kinds = layer_kinds(model)
+    if "shared" in kinds:
+        raise ValueError(f"{name} shares keys and values between layers: dropping entries of one layer would change others")
+    managed = [index for index, kind in enumerate(kinds) if kind == _FULL]
+    if not managed:
+        raise ValueError(
+            f"every layer of {name} is of kind {', '.join(sorted(set(kinds)))}: only full-attention layers can be attached"
+        )
+    if getattr(text_config(model), "index_topk", None):
+        raise ValueError(f"{name} brings its own trained sparse selection, which an attached method would override")
+    return managed
+
+
+def caches_latents(model: PreTrainedModel) -> bool:
+    """Whether the model caches one latent per token instead of heads (multi-head latent attention)."""
+    return bool(getattr(text_config(model), "kv_lora_rank", None))
+
+
+def check_methods(model: PreTrainedModel, methods: dict[str, Method | None]) -> None:
+    """ValueError when a method sits in the wrong place or can't work on this model."""
+    kinds: dict[str, type[Method]] = {"prefill": Prefill, "decode": Decode, "cache": CachePolicy}
+    for place, method in methods.items():
+        if method is not None and not isinstance(method, kinds[place]):
+            raise ValueError(f"{method.info.slug} acts on the {method.info.phase} phase: pass it as {method.info.phase}=, not {place}=")
+    policy, decode = methods.get("cache"), methods.get("decode")
+    encodes = policy is not None and policy.info.encodes
+    if encodes and caches_latents(model):
+        raise ValueError(
+            f"{policy.info.slug} encodes keys and values head by head, {type(model).__name__} caches one latent for all heads"
+        )
+    if encodes and decode is not None:
+        raise ValueError(
+            f"{decode.info.slug} picks single entries of a full-precision cache and {policy.info.slug} encodes them: use one of the two"
+        )
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules that may call the attention function (they know their layer)."""
+    return [module for module in model.modules() if hasattr(module, "layer_idx")]

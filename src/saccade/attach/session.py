@@ -1,0 +1,242 @@
+"""attach: methods on a transformers model, for the length of a `with` block."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from saccade.attach.layers import LayerCall, LayerRunner
+from saccade.attach.masks import mask_call, remember_mask
+from saccade.attach.models import attention_modules, check_methods, managed_layers, text_config
+from saccade.attach.rotary import rotary_of
+from saccade.attach.stats import LayerStats, Stats, summarise
+from saccade.cache import KVLayer
+from saccade.core import CachePolicy, Decode, Method, Plan, Prefill
+
+NAME = "saccade"
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+class Session:
+    """The handle that `with saccade.attach(...) as handle:` gives."""
+
+    def __init__(
+        self, model: PreTrainedModel, prefill: Prefill | None, decode: Decode | None, cache: CachePolicy | None,
+        plans: dict[str, Plan], when: Literal["prompt", "call"], impl: str, seed: int,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.managed = managed_layers(model)
+        check_methods(model, {"prefill": prefill, "decode": decode, "cache": cache})
+        for method in (prefill, decode, cache):
+            if method is not None and "calibration" in method.info.needs and method.info.slug not in plans:
+                raise ValueError(
+                    f"{method.info.slug} needs a calibration plan for this model: run "
+                    f"`saccade calibrate {method.info.slug} --model M -o plan.safetensors` and pass plan="
+                )
+        for plan in plans.values():
+            plan.check_model(model)
+        if when not in ("prompt", "call"):
+            raise ValueError(f"when={when!r} is not 'prompt' (compress once the prompt has ended) or 'call' (after every call)")
+        layers = int(text_config(model).num_hidden_layers)
+        self._runners = {
+            index: LayerRunner(
+                layer=index, layers=layers, prefill=prefill, decode=decode, policy=cache, plans=plans, when=when, impl=impl,
+                seed=seed, rotary=rotary_of(model, index),
+            )
+            for index in self.managed
+        }  # fmt: skip
+        self._cache: weakref.ref[Cache] | None = None
+        self._shared: dict[str, Any] = {}
+        self._real: Tensor | None = None
+        self._restore: list[Any] = []
+        self._original: Any = None
+
+    # -- the with block ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        if any(_SESSIONS.get(module) is not None for module in attention_modules(self.model)):
+            raise ValueError("this model is already attached: leave that block first")
+        if NAME not in ALL_ATTENTION_FUNCTIONS._global_mapping:
+            AttentionInterface.register(NAME, _attention)
+            AttentionMaskInterface.register(NAME, remember_mask)
+        own, text = self.model.config, text_config(self.model)
+        self._original = text._attn_implementation or "eager"
+        self.model.set_attn_implementation(NAME if own is text else {_text_key(own, text): NAME})
+        if text._attn_implementation != NAME:
+            raise ValueError(f"{type(self.model).__name__} does not use transformers' attention interface and can't be attached")
+        for module in attention_modules(self.model):
+            _SESSIONS[module] = self
+        hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._restore = [hook.remove]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        own, text = self.model.config, text_config(self.model)
+        for module in attention_modules(self.model):
+            _SESSIONS.pop(module, None)
+        for undo in self._restore:
+            undo()
+        self.model.set_attn_implementation(self._original if own is text else {_text_key(own, text): self._original})
+        for layer in self._live_layers().values():
+            layer.before_append = layer.after_crop = None
+
+    # -- for the user ------------------------------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache of the last call, as long as someone holds it."""
+        return None if self._cache is None else self._cache()
+
+    def stats(self) -> Stats:
+        """Densities, entries held and bytes since the last new cache or `reset()`."""
+        return summarise({index: runner.stats for index, runner in self._runners.items()})
+
+    def reset(self) -> None:
+        """Forget the counts so far."""
+        for runner in self._runners.values():
+            runner.stats = LayerStats()
+
+    def compress(self, cache: Cache | None = None) -> None:
+        """Close the prompt: the cache policy acts now, before any further token is known (query-agnostic compression)."""
+        cache = self.cache if cache is None else cache
+        if cache is None:
+            raise ValueError("there is no cache to compress: run the model on a prompt and keep its past_key_values")
+        for index, runner in self._runners.items():
+            layer = cache.layers[index]
+            if isinstance(layer, KVLayer):
+                runner.end_prompt(layer)
+
+    # -- transformers' side ------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = list(inspect.signature(model.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if kwargs.get("output_attentions"):
+            raise ValueError("an attached model does not return attention weights: leave output_attentions off")
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if inputs is None:
+            raise ValueError("an attached model needs input_ids or inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        if cache is None and (kwargs.get("use_cache") is not False) and text_config(self.model).use_cache and "past_key_values" in names:
+            cache = kwargs["past_key_values"] = DynamicCache(config=text_config(self.model))
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError(
+                f"an attached model takes 2-D attention masks (batch, tokens), not {getattr(mask, 'shape', type(mask).__name__)}"
+            )
+        m = inputs.shape[1]
+        self._shared = {}
+        if cache is None:
+            self._cache = None
+        seen = 0 if cache is None else self._install(cache, mask)
+        if mask is not None and mask.shape[1] != seen + m:
+            raise ValueError(
+                f"the attention mask covers {mask.shape[1]} tokens, the cache and the input together {seen + m}: "
+                "pass a mask over all of them"
+            )
+        new = None if mask is None else mask[:, seen:].bool()
+        self._real = None if new is None or bool(new.all()) else new
+        for layer in self._live_layers().values():
+            layer.expect(self._real)
+        return (), kwargs
+
+    def _install(self, cache: Cache, mask: Tensor | None) -> int:
+        """Put KVLayers in place of the plain layers of a dynamic cache; returns the tokens seen."""
+        if not isinstance(cache, Cache) or cache.is_compileable and len(cache.layers) > 0 or cache.offloading:
+            raise ValueError(f"an attached model works on a DynamicCache without offloading, not on {type(cache).__name__}")
+        if not cache.layers:
+            cache.layers = DynamicCache(config=text_config(self.model)).layers
+        fresh = self._cache is None or self._cache() is not cache
+        for index in self.managed:
+            layer = cache.layers[index]
+            if not isinstance(layer, KVLayer):
+                if type(layer) is not DynamicLayer:
+                    raise ValueError(f"layer {index} of the cache is a {type(layer).__name__}: an attached model needs a DynamicCache")
+                n = layer.get_seq_length()
+                real = None if mask is None or bool(mask[:, :n].all()) else mask[:, :n].bool()
+                cache.layers[index] = layer = KVLayer.adopt(layer, real)
+            layer.before_append = partial(self._runners[index].before_append, layer)
+            layer.after_crop = partial(self._runners[index].after_crop, layer)
+        if fresh:
+            self._cache = weakref.ref(cache)
+            self.reset()
+        return int(cache.layers[self.managed[0]].get_seq_length())
+
+    def _live_layers(self) -> dict[int, KVLayer]:
+        cache = self.cache
+        if cache is None:
+            return {}
+        return {index: layer for index in self.managed if isinstance(layer := cache.layers[index], KVLayer)}
+
+    def run(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """One layer's attention, `(B, N, Hq, Dv)`."""
+        index = getattr(module, "layer_idx", None)
+        call = mask_call(mask)
+        if index not in self._runners or not getattr(module, "is_causal", True):
+            return _original_attention(self._original, module, q, k, v, call.build(self._original), options)
+        if not call.plainly_causal:
+            raise ValueError("an attached model takes plain causal sequences: no packed sequences and no bidirectional blocks")
+        scale, softcap = _numbers(module, q, options)
+        cache = self.cache
+        layer = None if cache is None else cache.layers[index]
+        stored = isinstance(layer, KVLayer) and layer.seen >= q.shape[2] and options.get("use_cache") is not False
+        out = self._runners[index].run(
+            LayerCall(q=q, k=k, v=v, scale=scale, softcap=softcap, real=self._real, shared=self._shared),
+            layer if stored and isinstance(layer, KVLayer) else None,
+        )
+        return out.transpose(1, 2).contiguous()
+
+
+def _text_key(own: Any, text: Any) -> str:
+    """Under which name a multimodal configuration holds its language model's."""
+    return next(name for name in own.sub_configs if getattr(own, name, None) is text)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface."""
+    session = _SESSIONS.get(module)
+    if session is None:
+        raise ValueError("attention implementation 'saccade' works inside `with saccade.attach(model, ...)` only")
+    return session.run(module, query, key, value, attention_mask, options), None
+
+
+# arguments that carry no arithmetic for a full-attention layer
+_HARMLESS = {
+    "position_ids", "use_cache", "past_key_values", "output_attentions", "output_hidden_states", "return_dict", "is_causal",
+    "logits_to_keep", "labels", "token_type_ids", "mm_token_type_ids", "num_items_in_batch", "sliding_window", "cache_position",
+    "position_embeddings", "output_router_logits", "layer_idx", "training",
+}  # fmt: skip
+
+
+def _numbers(module: nn.Module, q: Tensor, options: dict[str, Any]) -> tuple[float, float | None]:
+    """Scale and softcap of a call; ValueError for an argument whose effect would be lost."""
+    if options.get("dropout"):
+        raise ValueError("an attached model has no attention dropout: call model.eval() or set attention_dropout to 0")
+    unknown = [
+        name for name, value in options.items()
+        if value is not None and name not in _HARMLESS and name not in ("dropout", "scaling", "softcap")
+    ]  # fmt: skip
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which an attached model would have to ignore"
+        )
+    scale = options.get("scaling")
+    return q.shape[-1] ** -0.5 if scale is None else float(scale), options.get("softcap")
+
+
+def _original_attention(
+    name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """A layer that is left alone runs what the model used before."""
+    modeling = inspect.getmodule(type(module))
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(modeling, "eager_attention_forward", None))
+    return function(module, q, k, v, mask, **options)[0]

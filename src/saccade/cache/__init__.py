@@ -1,0 +1,7 @@
+"""KVLayer: the one cache layer, and the segments it is made of."""
+
+from saccade.cache.layer import KVLayer
+from saccade.cache.segment import PackedSegment, Rectangle, Segment
+from saccade.cache.slots import Slots
+
+__all__ = ["KVLayer", "PackedSegment", "Rectangle", "Segment", "Slots"]

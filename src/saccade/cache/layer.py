@@ -1,0 +1,347 @@
+"""KVLayer: the one cache layer, a transformers CacheLayerMixin.
+
+A layer is a list of sealed segments, oldest first, and a growing full-precision tail. It knows the place in the sequence of every
+entry, so its logical length (tokens seen) and its physical length (entries held) may differ after eviction.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from saccade.cache.segment import PackedSegment, Rectangle, Segment
+from saccade.cache.slots import Slots
+from saccade.cache.state import States
+from saccade.cache.tail import Tail
+
+
+class KVLayer(CacheLayerMixin):
+    """seen: tokens so far. before_append: called with the number of new tokens before they are stored; after_crop: after tokens
+    were taken back (both set by the attached model, which decides when a cache policy acts).
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        self.before_append: Callable[[int], None] | None = None
+        self.after_crop: Callable[[int], None] | None = None
+        self.rectangular = False  # the model itself reads all entries in one piece (latents), so rows are padded, not packed
+        self._clear()
+
+    def _clear(self) -> None:
+        self.segments: list[Segment] = []
+        self.tail: Tail | None = None
+        self.seen = 0
+        self.states = States()
+        self.pending = 0  # tokens of a prompt that a cache policy has not acted on yet
+        self._padding: list[int] = []  # padding tokens seen per batch row, empty when there were none
+        self._incoming: Tensor | None = None
+        self.is_initialized = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
+        """A copy of the contents; the callbacks belong to the attached model, which sets them again."""
+        new = KVLayer()
+        memo[id(self)] = new
+        for name, value in vars(self).items():
+            if name not in ("before_append", "after_crop"):
+                setattr(new, name, copy.deepcopy(value, memo))
+        return new
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer, real: Tensor | None) -> KVLayer:
+        """A KVLayer with the contents of a plain dynamic layer; real `(B, n)` bool or None tells padding."""
+        new = cls()
+        if layer.is_initialized and layer.keys is not None and layer.values is not None and layer.get_seq_length():
+            new.expect(real)
+            new.update(layer.keys, layer.values)
+        return new
+
+    # -- transformers' interface -------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Full-precision keys `(B, H, n, D)`; None before the first token."""
+        return None if self.tail is None else self.tail.keys
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Full-precision values `(B, H, n, Dv)`; None before the first token."""
+        return None if self.tail is None else self.tail.values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads = key_states.shape[:2]
+        positions = torch.empty(batch, heads, 0, dtype=torch.int32, device=key_states.device)
+        self.tail = Tail(Rectangle(key_states[:, :, :0], value_states[:, :, :0], {"positions": positions}))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def expect(self, real: Tensor | None) -> None:
+        """Which of the next tokens are not padding: `(B, m)` bool, or None for all."""
+        self._incoming = real
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new keys and values `(B, H, m, ...)`.
+
+        Returns all entries where they lie in one rectangle, else only the new ones (attention then reads the segments itself).
+        """
+        if self.before_append is not None:
+            self.before_append(key_states.shape[2])
+        if self.tail is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.tail is not None
+        m = key_states.shape[2]
+        real, self._incoming = self._incoming, None
+        if real is not None:
+            self.states.split(key_states.shape[0])
+            missing = (~real).sum(-1).tolist()
+            self._padding = [a + b for a, b in zip(self._padding or [0] * len(missing), missing, strict=True)]
+        positions = torch.arange(self.seen, self.seen + m, device=key_states.device, dtype=torch.int32)
+        self.tail.append(key_states, value_states, positions, real)
+        self.seen += m
+        return (self.tail.keys, self.tail.values) if self.plain else (key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen; never the physical length."""
+        return self.seen
+
+    @property
+    def physical(self) -> int:
+        """Slots a query row of the longest head reads."""
+        return sum(segment.length for segment in self.segments) + (0 if self.tail is None else self.tail.n)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.physical + query_length, self.seen - self.physical
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens (a negative number, as in transformers >= 5)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) is not supported: give the number of tokens to remove as a negative number")
+        removed = min(-tokens_to_remove, self.seen)
+        self.seen -= removed
+        if removed and self.tail is not None:
+            if removed <= self.tail.fresh:
+                self.tail.truncate(self.tail.n - removed)
+                self.tail.fresh -= removed
+            else:
+                self._drop_from(self.seen)
+        if self.after_crop is not None:
+            self.after_crop(removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.tail is not None:
+            self._take_rows(torch.arange(self.tail.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.tail is not None:
+            self._take_rows(torch.arange(self.tail.keys.shape[0])[indices.cpu()])
+
+    def reset(self) -> None:
+        self._clear()
+
+    def offload(self) -> None:
+        raise ValueError("an attached model keeps its cache on one device: use a cache without offloading")
+
+    def prefetch(self) -> None:
+        raise ValueError("an attached model keeps its cache on one device: use a cache without offloading")
+
+    # -- reading -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """All entries lie in the tail's rectangle."""
+        return not self.segments
+
+    @property
+    def padded(self) -> bool:
+        """Rows differ by padding, now or earlier: methods run row by row."""
+        return self.states.rows is not None
+
+    def positions(self) -> Tensor:
+        """`(B, H, n)` int32: where in the sequence the tail's entries stand."""
+        if self.tail is None:
+            raise ValueError("an empty cache layer has no positions: run the model first")
+        return self.tail.side["positions"]
+
+    def lengths(self) -> list[list[int]]:
+        """Entries held per batch row and head, padding not counted."""
+        if self.tail is None:
+            return []
+        batch, heads = self.tail.keys.shape[:2]
+        real = self.tail.real
+        own = [self.tail.n] * batch if real is None else real.sum(-1).tolist()
+        counts = [[own[b]] * heads for b in range(batch)]
+        for segment in self.segments:
+            for index, row in enumerate(segment.lengths()):
+                target = counts[index if segment.row is None else segment.row]
+                target[:] = [a + b for a, b in zip(target, row, strict=True)]
+        return counts
+
+    def full_precision_lengths(self) -> list[int]:
+        """Full-precision entries per batch row, of the longest head."""
+        assert self.tail is not None
+        batch = self.tail.keys.shape[0]
+        real = self.tail.real
+        own = [self.tail.n] * batch if real is None else real.sum(-1).tolist()
+        for segment in self.segments:
+            if isinstance(segment, PackedSegment):
+                own = [n + max(row) for n, row in zip(own, segment.lengths(), strict=True)]
+        return own
+
+    def real_seen(self, row: int) -> int:
+        """Tokens of one row so far, padding not counted."""
+        return self.seen - self._padding[row] if self._padding else self.seen
+
+    def tail_row(self, row: int) -> Rectangle:
+        """The tail's entries of one batch row, `(1, H, n, ...)`, padding left out."""
+        assert self.tail is not None
+        return _row_of(self.tail, row)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of storage behind keys and values, spare room and code parameters included."""
+        return sum(segment.kv_bytes for segment in self.segments) + (0 if self.tail is None else self.tail.kv_bytes)
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of storage behind positions, scores and the methods' own state."""
+        own = 0 if self.tail is None else self.tail.side_bytes
+        return own + sum(segment.side_bytes for segment in self.segments) + self.states.nbytes
+
+    # -- policies ----------------------------------------------------------------------------------------------------------
+
+    def open(self, row: int | None = None) -> Slots:
+        """The full-precision entries, for a policy: of all rows (only without padding) or of one row, padding left out."""
+        assert self.tail is not None
+        packed = next((s for s in self.segments if isinstance(s, PackedSegment)), None)
+        if row is None and packed is None:
+            return Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side))
+        tail = _row_of(self.tail, row or 0)
+        return Slots(tail if packed is None else _joined(packed.read_row(row or 0), tail))
+
+    def close(self, opened: list[tuple[int | None, Slots]]) -> None:
+        """Store what policies made of the entries that `open` gave; untouched entries stay as they are."""
+        assert self.tail is not None
+        for row, slots in opened:
+            for segment in slots.sealed:
+                segment.row = row
+                self.segments.append(segment)
+        if not any(slots.moved for _, slots in opened):
+            if opened[0][0] is None:
+                self.tail.set_side(opened[0][1].side_changes)
+                return
+            if not any(slots.side_changes for _, slots in opened):
+                return
+        rows = [slots.rectangle for _, slots in opened]
+        self.segments = [s for s in self.segments if not isinstance(s, PackedSegment)]
+        if opened[0][0] is None and rows[0].valid is None:
+            self.tail = Tail(rows[0])
+            return
+        by_row = rows if opened[0][0] is not None else [_row_of_rectangle(rows[0], b) for b in range(rows[0].keys.shape[0])]
+        if self.rectangular:
+            self.tail = _padded_tail(by_row)
+            return
+        packed = PackedSegment.pack(by_row)
+        self.segments.append(packed)
+        self.states.split(len(by_row))
+        empty = {name: x.new_empty(len(by_row), packed.heads, 0) for name, x in packed.side.items()}
+        shape = (len(by_row), packed.heads, 0)
+        self.tail = Tail(Rectangle(
+            packed.keys.new_empty(*shape, packed.keys.shape[-1]), packed.values.new_empty(*shape, packed.values.shape[-1]), empty
+        ))  # fmt: skip
+
+    # -- upkeep ------------------------------------------------------------------------------------------------------------
+
+    def _take_rows(self, rows: Tensor) -> None:
+        if self.tail is None:
+            return
+        segments: list[Segment] = []
+        for segment in self.segments:
+            if segment.row is None:
+                segments.append(segment.take_rows(rows))
+            else:
+                segments.extend(segment.bound_to(new) for new, old in enumerate(rows.tolist()) if old == segment.row)
+        self.segments = segments
+        self.tail = self.tail.take_rows(rows)
+        self.states.take_rows(rows)
+        self._padding = [self._padding[row] for row in rows.tolist()] if self._padding else []
+
+    def _drop_from(self, position: int) -> None:
+        """Drop every entry of a token at or after `position`, wherever it is stored."""
+        assert self.tail is not None
+        self.segments = [kept for s in self.segments if (kept := s.before(position)).length]
+        stays = self.tail.side["positions"] < position
+        counts = stays.sum(-1)
+        if bool((counts == counts.flatten()[0]).all()) and self.tail.real is None:
+            slots = self.open() if self.plain else Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side))
+            # ascending slots that stay come first in a stable sort
+            slots.keep(torch.sort((~stays).to(torch.uint8), dim=-1, stable=True).indices[..., : int(counts.flatten()[0])])
+            self.tail = Tail(slots.rectangle)
+            return
+        opened: list[tuple[int | None, Slots]] = []
+        for row in range(stays.shape[0]):
+            slots = self.open(row)
+            here = slots.side["positions"] < position
+            here = here if slots.valid is None else here & slots.valid
+            order = torch.sort((~here).to(torch.uint8), dim=-1, stable=True).indices
+            slots.keep(order[..., : int(here.sum(-1).max())], here.sum(-1))
+            opened.append((row, slots))
+        self.close(opened)
+
+
+def _padded_tail(rows: list[Rectangle]) -> Tail:
+    """One rectangle of rows with different numbers of entries, the shorter ones padded in front."""
+    longest = max(row.keys.shape[2] for row in rows)
+
+    def stack(pieces: list[Tensor]) -> Tensor:
+        padded = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (longest - x.shape[2], 0)) for x in pieces]
+        return torch.cat(padded)
+
+    side = {name: stack([row.side[name] for row in rows]) for name in rows[0].side}
+    lengths = torch.tensor([row.keys.shape[2] for row in rows], device=rows[0].keys.device)
+    real = torch.arange(longest, device=lengths.device) >= (longest - lengths)[:, None]
+    return Tail(Rectangle(stack([row.keys for row in rows]), stack([row.values for row in rows]), side), real)
+
+
+def _row_of(tail: Tail, row: int) -> Rectangle:
+    mine = slice(row, row + 1)
+    kept: slice | Tensor = slice(None)
+    if tail.real is not None:
+        n = int(tail.real[row].sum())
+        # left padding leaves one run at the end: a view, where picking would copy
+        kept = slice(tail.n - n, None) if bool(tail.real[row, tail.n - n :].all()) else tail.real[row]
+    side = {name: x[mine][:, :, kept] for name, x in tail.side.items()}
+    return Rectangle(tail.keys[mine][:, :, kept], tail.values[mine][:, :, kept], side)
+
+
+def _row_of_rectangle(part: Rectangle, row: int) -> Rectangle:
+    mine = slice(row, row + 1)
+    valid = None if part.valid is None else part.valid[mine]
+    return Rectangle(part.keys[mine], part.values[mine], {name: x[mine] for name, x in part.side.items()}, valid)
+
+
+def _joined(old: Rectangle, new: Rectangle) -> Rectangle:
+    """Older entries followed by newer ones; where heads hold different numbers, the gaps are moved to the end."""
+    side = {name: torch.cat([x, new.side[name]], 2) for name, x in old.side.items()}
+    keys, values = torch.cat([old.keys, new.keys], 2), torch.cat([old.values, new.values], 2)
+    if old.valid is None:
+        return Rectangle(keys, values, side)
+    valid = torch.cat([old.valid, torch.ones_like(new.side["positions"], dtype=torch.bool)], 2)
+    order = torch.sort((~valid).to(torch.uint8), dim=-1, stable=True).indices
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.gather(x, 2, order.unsqueeze(-1).expand(*order.shape, x.shape[-1]))
+
+    moved_side = {name: torch.gather(x, 2, order) for name, x in side.items()}
+    return Rectangle(moved(keys), moved(values), moved_side, torch.gather(valid, 2, order))

@@ -1,0 +1,186 @@
+"""Sealed parts of a cache layer: entries that no longer change, in a storage form of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.core import Partial, merge
+from saccade.ops import attend, decode
+
+CHUNK = 2048  # entries decoded at a time when a segment is read for attention
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Entries in plain form: keys `(B, H, n, D)`, values `(B, H, n, Dv)`, side arrays `(B, H, n)`; valid `(B, H, n)` bool or
+    None when all are. Slots that are not valid hold anything."""
+
+    keys: Tensor
+    values: Tensor
+    side: dict[str, Tensor]
+    valid: Tensor | None = None
+
+
+class Segment(ABC):
+    """row: the batch row it belongs to, or None for all rows. encoded: whether policies leave it alone from now on."""
+
+    row: int | None = None
+    encoded: bool = False
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Entries of the longest head."""
+
+    @abstractmethod
+    def lengths(self) -> list[list[int]]:
+        """Entries per row and head."""
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Bytes held for keys and values, codes and their parameters included."""
+
+    @property
+    @abstractmethod
+    def side_bytes(self) -> int:
+        """Bytes held for positions and other side arrays."""
+
+    @abstractmethod
+    def read(self, begin: int, end: int) -> Rectangle:
+        """Slots begin ... end - 1 in plain form (a copy)."""
+
+    @abstractmethod
+    def take_rows(self, rows: Tensor) -> Segment:
+        """These batch rows, for a segment of all rows."""
+
+    @abstractmethod
+    def bound_to(self, row: int) -> Segment:
+        """The same entries as a segment of another batch row, for a row-bound segment."""
+
+    @abstractmethod
+    def before(self, position: int) -> Segment:
+        """Only the entries of tokens before `position`."""
+
+    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
+        """Attention of q `(B, Hq, m, D)` over all entries, with log-sum-exp. Decodes CHUNK entries at a time."""
+        parts = []
+        for begin in range(0, self.length, CHUNK):
+            part = self.read(begin, min(begin + CHUNK, self.length))
+            parts.append(attend_rectangle(q, part.keys, part.values, scale=scale, softcap=softcap))
+        return merge(*parts)
+
+    def attend_row(self, q: Tensor, row: int | None, *, scale: float, softcap: float | None) -> Partial:
+        """The same for the queries of one batch row (batch size 1), where rows are run one by one; None: all rows."""
+        if row is None or self.row == row:
+            return self.attend(q, scale=scale, softcap=softcap)
+        return self.take_rows(torch.tensor([row])).attend(q, scale=scale, softcap=softcap)
+
+
+def attend_rectangle(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Partial:
+    """All of q over all of k and v, with log-sum-exp."""
+    if q.shape[2] <= 16:
+        return decode(q, k, v, scale=scale, softcap=softcap, return_lse=True)
+    return attend(q, k, v, causal=False, scale=scale, softcap=softcap, return_lse=True)
+
+
+class PackedSegment(Segment):
+    """Ragged storage: the entries of (row, head) pairs one after another, each pair with its own number of them.
+
+    keys `(total, D)`, values `(total, Dv)`, side arrays `(total,)`; offsets: B * H + 1 row numbers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, side: dict[str, Tensor], offsets: list[int], heads: int) -> None:
+        self.keys, self.values, self.side, self.offsets, self.heads = keys, values, side, offsets, heads
+
+    @classmethod
+    def pack(cls, rows: list[Rectangle]) -> PackedSegment:
+        """From one rectangle per batch row (each with batch size 1), dropping what is not valid."""
+        offsets, keys, values = [0], [], []
+        side: dict[str, list[Tensor]] = {name: [] for name in rows[0].side}
+        for row in rows:
+            for head in range(row.keys.shape[1]):
+                kept = slice(None) if row.valid is None else row.valid[0, head]
+                keys.append(row.keys[0, head][kept])
+                values.append(row.values[0, head][kept])
+                for name, pieces in side.items():
+                    pieces.append(row.side[name][0, head][kept])
+                offsets.append(offsets[-1] + keys[-1].shape[0])
+        packed = {name: torch.cat(pieces) for name, pieces in side.items()}
+        return cls(torch.cat(keys), torch.cat(values), packed, offsets, rows[0].keys.shape[1])
+
+    @property
+    def length(self) -> int:
+        return max((n for row in self.lengths() for n in row), default=0)
+
+    def lengths(self) -> list[list[int]]:
+        counts = [b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
+        return [counts[i : i + self.heads] for i in range(0, len(counts), self.heads)]
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
+
+    @property
+    def side_bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.side.values())
+
+    def _rows(self, row: int, head: int) -> slice:
+        pair = row * self.heads + head
+        return slice(self.offsets[pair], self.offsets[pair + 1])
+
+    def read_row(self, row: int) -> Rectangle:
+        """One batch row as a rectangle of its longest head, with `valid` where heads differ."""
+        counts = self.lengths()[row]
+        n = max(counts)
+        pad = torch.nn.functional.pad
+
+        def stack(x: Tensor) -> Tensor:
+            pieces = [x[self._rows(row, head)] for head in range(self.heads)]
+            return torch.stack([pad(p, (0, 0) * (p.ndim - 1) + (0, n - p.shape[0])) for p in pieces])[None]
+
+        valid = None
+        if min(counts) != n:
+            valid = (torch.arange(n, device=self.keys.device) < torch.tensor(counts, device=self.keys.device)[:, None])[None]
+        return Rectangle(stack(self.keys), stack(self.values), {name: stack(x) for name, x in self.side.items()}, valid)
+
+    def read(self, begin: int, end: int) -> Rectangle:
+        raise TypeError("a packed segment is read row by row: use read_row")
+
+    def take_rows(self, rows: Tensor) -> PackedSegment:
+        return PackedSegment.pack([self.read_row(int(row)) for row in rows])
+
+    def bound_to(self, row: int) -> PackedSegment:
+        raise TypeError("a packed segment holds all rows of the batch")
+
+    def before(self, position: int) -> PackedSegment:
+        rows = []
+        for row in range(len(self.lengths())):
+            part = self.read_row(row)
+            kept = part.side["positions"] < position
+            rows.append(Rectangle(part.keys, part.values, part.side, kept if part.valid is None else kept & part.valid))
+        return PackedSegment.pack(rows)
+
+    def attend_row(self, q: Tensor, row: int | None, *, scale: float, softcap: float | None) -> Partial:
+        if row is None:
+            return self.attend(q, scale=scale, softcap=softcap)
+        first = row * self.heads
+        begin, end = self.offsets[first], self.offsets[first + self.heads]
+        offsets = [offset - begin for offset in self.offsets[first : first + self.heads + 1]]
+        return PackedSegment(self.keys[begin:end], self.values[begin:end], {}, offsets, self.heads).attend(
+            q, scale=scale, softcap=softcap
+        )
+
+    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
+        parts = [
+            decode(
+                q[:, :, i : i + 16], self.keys, self.values, offsets=self.offsets, kv_heads=self.heads, scale=scale,
+                softcap=softcap, return_lse=True,
+            )
+            for i in range(0, q.shape[2], 16)
+        ]  # fmt: skip
+        return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts if p.lse is not None], 2))

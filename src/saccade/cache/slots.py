@@ -1,0 +1,95 @@
+"""What a cache policy works on: a layer's full-precision entries, or those of one batch row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.cache.segment import Rectangle, Segment
+
+
+class Slots:
+    """Entries `(B, H, n, ...)`, oldest first, without padding. Implements `saccade.core.StoredKV`.
+
+    keys, values: as attention sees them. They differ from what is stored only where a model caches a latent (`stored`), then
+    heads is 1 while keys have all heads. valid: bool `(B, heads, n)` where heads hold different numbers, else None.
+    """
+
+    def __init__(
+        self, stored: Rectangle, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> None:
+        self._stored = stored
+        self.keys = stored.keys if keys is None else keys
+        self.values = stored.values if values is None else values
+        self.side = dict(stored.side)
+        self.sealed: list[Segment] = []
+        self.moved = False  # entries were dropped or sealed
+
+    @property
+    def heads(self) -> int:
+        return self._stored.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self._stored.keys.shape[2]
+
+    @property
+    def valid(self) -> Tensor | None:
+        return self._stored.valid
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """What is now stored, side arrays included."""
+        return Rectangle(self._stored.keys, self._stored.values, self.side, self._stored.valid)
+
+    @property
+    def side_changes(self) -> dict[str, Tensor]:
+        """Side arrays that were added or replaced since the entries were opened, while no entry moved."""
+        return {name: x for name, x in self.side.items() if self._stored.side.get(name) is not x}
+
+    def keep(self, indices: Tensor, counts: Tensor | None = None) -> None:
+        """Keep only these slots: `indices (B, heads, m)` int64, ascending; with `counts (B, heads)` the first counts of each."""
+        expected = (*self._stored.keys.shape[:2],)
+        if indices.ndim != 3 or tuple(indices.shape[:2]) != expected:
+            raise ValueError(f"keep was given indices {tuple(indices.shape)}: expected (batch, heads, m) = {expected} and m")
+        valid = None
+        if counts is not None and bool((counts != indices.shape[2]).any()):
+            valid = torch.arange(indices.shape[2], device=indices.device) < counts.unsqueeze(-1)
+        stored = self._stored
+        latent = self.keys is not stored.keys
+        self.side = {name: torch.gather(x, 2, indices) for name, x in self.side.items()}
+        self._stored = Rectangle(_pick(stored.keys, indices), _pick(stored.values, indices), self.side, valid)
+        if latent:
+            wide = indices.expand(-1, self.keys.shape[1], -1)
+            self.keys, self.values = _pick(self.keys, wide), _pick(self.values, wide)
+        else:
+            self.keys, self.values = self._stored.keys, self._stored.values
+        self.moved = True
+
+    def rekey(self, keys: Tensor) -> None:
+        """Replace the stored keys by others of the same shape (turned to other positions)."""
+        stored = self._stored
+        if self.keys is not stored.keys:
+            raise ValueError("a layer that caches latents has no keys per head to turn: keep the original positions")
+        if keys.shape != stored.keys.shape:
+            raise ValueError(f"rekey was given keys {tuple(keys.shape)}: expected {tuple(stored.keys.shape)}")
+        self._stored = Rectangle(keys, stored.values, stored.side, stored.valid)
+        self.keys = keys
+        self.moved = True
+
+    def seal(self, segment: Segment, n: int) -> None:
+        """Replace the n oldest entries by an encoded segment that holds them."""
+        if not 0 < n <= self.length or segment.length != n:
+            raise ValueError(f"seal({n}) with a segment of {segment.length} entries over {self.length}: the numbers must agree")
+        if self.keys is not self._stored.keys:
+            raise ValueError("a layer that caches latents can't be encoded entry by entry")
+        self.side = {name: x[:, :, n:].clone() for name, x in self.side.items()}
+        keys, values = self._stored.keys[:, :, n:].clone(), self._stored.values[:, :, n:].clone()
+        self._stored = Rectangle(keys, values, self.side, None)
+        self.keys, self.values = keys, values
+        self.sealed.append(segment)
+        self.moved = True
+
+
+def _pick(x: Tensor, indices: Tensor) -> Tensor:
+    return torch.gather(x, 2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))

@@ -1,0 +1,82 @@
+"""The full-precision end of a cache layer: a rectangle that grows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.cache.segment import Rectangle
+from saccade.parts.growing import Growing
+
+
+class Tail:
+    """keys `(B, H, n, D)`, values `(B, H, n, Dv)`, side arrays `(B, H, n)` ("positions" int32 among them), padding `(B, 1, n)`.
+
+    A slot that is padding is never read; padding is None as long as none was seen.
+    """
+
+    def __init__(self, content: Rectangle, real: Tensor | None = None) -> None:
+        self._keys, self._values = Growing(content.keys), Growing(content.values)
+        self._side = {name: Growing(x) for name, x in content.side.items()}
+        self._real = None if real is None else Growing(real.unsqueeze(1))
+        self.fresh = 0  # entries appended since the last keep: their positions run on without gaps
+
+    @property
+    def n(self) -> int:
+        return self._keys.n
+
+    @property
+    def keys(self) -> Tensor:
+        return self._keys.view
+
+    @property
+    def values(self) -> Tensor:
+        return self._values.view
+
+    @property
+    def side(self) -> dict[str, Tensor]:
+        return {name: x.view for name, x in self._side.items()}
+
+    @property
+    def real(self) -> Tensor | None:
+        """`(B, n)` bool, False at padding; None when there is none."""
+        return None if self._real is None else self._real.view[:, 0]
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor | None) -> None:
+        """Add k, v `(B, H, m, ...)` at `positions (m,)`; real `(B, m)` bool or None. Other side arrays get zeros."""
+        batch, heads, m, _ = k.shape
+        if real is not None and self._real is None:
+            self._real = Growing(torch.ones(batch, 1, self.n, dtype=torch.bool, device=k.device))
+        if self._real is not None:
+            new = torch.ones(batch, m, dtype=torch.bool, device=k.device) if real is None else real
+            self._real.append(new.unsqueeze(1))
+        self._keys.append(k)
+        self._values.append(v)
+        for name, x in self._side.items():
+            new = positions if name == "positions" else positions.new_zeros(m)
+            x.append(new.to(x.view.dtype).expand(batch, heads, m))
+        self.fresh += m
+
+    def set_side(self, changed: dict[str, Tensor]) -> None:
+        """Add or replace side arrays."""
+        self._side.update({name: Growing(x) for name, x in changed.items()})
+
+    def truncate(self, n: int) -> None:
+        for x in (self._keys, self._values, *self._side.values(), *([] if self._real is None else [self._real])):
+            x.truncate(n)
+
+    def take_rows(self, rows: Tensor) -> Tail:
+        new = Tail.__new__(Tail)
+        new._keys, new._values = self._keys.reorder(rows), self._values.reorder(rows)
+        new._side = {name: x.reorder(rows) for name, x in self._side.items()}
+        new._real = None if self._real is None else self._real.reorder(rows)
+        new.fresh = self.fresh
+        return new
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def side_bytes(self) -> int:
+        return sum(x.nbytes for x in self._side.values()) + (0 if self._real is None else self._real.nbytes)

@@ -1,0 +1,49 @@
+"""The vocabulary: what is read (Selection), what comes back (Partial), how much (Budget), and what a method is."""
+
+from saccade.core.budget import Budget, Mass, Threshold
+from saccade.core.context import LayerContext, Rotary
+from saccade.core.keymajor import KeyMajor
+from saccade.core.layout import HeadLayout, check_attention_inputs
+from saccade.core.method import (
+    REGISTRY,
+    CachePolicy,
+    Calibrated,
+    Decode,
+    Info,
+    Method,
+    Prefill,
+    StoredKV,
+    register,
+)
+from saccade.core.partial import Partial, merge
+from saccade.core.plan import Plan, fingerprint
+from saccade.core.selection import Selection
+from saccade.core.spec import format_spec, parse_spec, split_top_level
+
+__all__ = [
+    "REGISTRY",
+    "Budget",
+    "CachePolicy",
+    "Calibrated",
+    "Decode",
+    "HeadLayout",
+    "Info",
+    "KeyMajor",
+    "LayerContext",
+    "Mass",
+    "Method",
+    "Partial",
+    "Plan",
+    "Prefill",
+    "Rotary",
+    "Selection",
+    "StoredKV",
+    "Threshold",
+    "check_attention_inputs",
+    "fingerprint",
+    "format_spec",
+    "merge",
+    "parse_spec",
+    "register",
+    "split_top_level",
+]

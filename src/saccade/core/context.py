@@ -1,0 +1,66 @@
+"""What a method may know at call time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.core.layout import HeadLayout
+from saccade.core.plan import Plan
+from saccade.core.selection import Selection
+
+Attend = Callable[[Tensor, Tensor, Tensor, Selection | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a model turns keys by position: angle of pair i at position p is `p * inv_freq[i]`.
+
+    inv_freq: float32 `(pairs,)`; channel i is paired with channel i + pairs ("half" layout), or 2i with 2i + 1 (`interleaved`).
+    Channels after the first 2 * pairs carry no position.
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+
+
+@dataclass(kw_only=True)
+class LayerContext:
+    """One attention layer, one sequence (or a batch of equally long ones without padding).
+
+    layer, layers: index of this layer and their number. layout: head counts and dims as attention sees them.
+    scale: factor on q.k before softmax. softcap: `cap * tanh(logit / cap)` where the model uses one.
+    seen: tokens of the sequence so far, those of this call included. rotary: the model's rotary embedding, None where it has none
+    or one that can't be turned further. plan: what calibration found, or None. state: this layer's own per-sequence state; tensors in it have the batch first,
+    other objects offer `reorder(rows)`. shared: across the layers of one forward pass. attend: runs softmax attention over a
+    selection with this layer's scale and softcap (None: dense) and notes what ran. seed: for methods that sample.
+    """
+
+    layer: int
+    layers: int
+    layout: HeadLayout
+    scale: float
+    attend: Attend
+    softcap: float | None = None
+    seen: int = 0
+    rotary: Rotary | None = None
+    plan: Plan | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def found(self, name: str) -> Tensor:
+        """The calibrated tensor `name` of this layer; ValueError when no plan was given or it lacks the entry."""
+        if self.plan is None:
+            raise ValueError(f"layer {self.layer} has no calibration plan: run `saccade calibrate` and pass plan=")
+        return self.plan.tensor(self.layer, name)
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator fixed by seed, layer and tokens seen: the same run draws the same numbers."""
+        generator = torch.Generator(device=device)
+        generator.manual_seed((self.seed * 1_000_003 + self.layer) * 1_000_003 + self.seen)
+        return generator

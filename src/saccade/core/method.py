@@ -1,0 +1,173 @@
+"""Kinds of methods: a frozen dataclass of hyper-parameters and the few hooks its kind needs."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from saccade.core.context import LayerContext
+from saccade.core.selection import Selection
+from saccade.core.spec import format_spec
+
+Phase = Literal["prefill", "decode", "cache"]
+LayerPolicy = Literal["dense", "select"] | int
+T = TypeVar("T", bound="type[Method]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Facts about a method, from which listings, errors and the contract matrix are made.
+
+    phase: where it acts. encodes: whether it stores entries in another form than full precision. needs: of "queries", "weights" (attention probabilities), "calibration", "training".
+    frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
+    causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
+    tiny: fields for short test sequences. opts_out: contract axis to the reason why it does not hold for this method.
+    """
+
+    slug: str
+    phase: Phase
+    needs: frozenset[str] = frozenset()
+    frees_memory: bool = False
+    append_only: bool = True
+    encodes: bool = False
+    causality: Literal["causal", "streaming", "bidirectional"] = "causal"
+    opened: Mapping[str, Any] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    opts_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Hyper-parameters only; all state of a run lives in the LayerContext or the cache layer."""
+
+    info: ClassVar[Info]
+
+    @property
+    def spec(self) -> str:
+        """The string that builds this method again: the slug and the fields that differ from their defaults."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return format_spec(self.info.slug, changed)
+
+    @classmethod
+    def from_fields(cls, given: Mapping[str, Any]) -> Method:
+        """Build from named fields; ValueError for unknown names (with the nearest) and values out of range."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+                raise ValueError(f"{cls.info.slug} has no field {name!r}: did you mean {', '.join(near)}?")
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise ValueError(f"{cls.info.slug} can't be built from {dict(given)}: {error}") from None
+
+
+class Prefill(Method):
+    """Chooses, for many queries at once, which keys they read."""
+
+    @abstractmethod
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
+        """Selection for q `(B, Hq, Nq, D)` over k, v `(B, Hk, Nk, D)`; the queries are the last Nq of the Nk positions."""
+
+    def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output `(B, Hq, Nq, Dv)`. Override only where "select, then attend" is not the method."""
+        return ctx.attend(q, k, v, self.select(ctx, q, k, v))
+
+
+class Decode(Method):
+    """Chooses, for one query at a time, which part of a long cache it reads. Nothing is dropped."""
+
+    @abstractmethod
+    def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
+        """Bring the index up to date with newly stored keys and values `(B, Hk, m, D)` in slots start ... start + m - 1."""
+
+    @abstractmethod
+    def select(self, ctx: LayerContext, q: Tensor) -> Selection:
+        """Selection for q `(B, Hq, 1, D)` over the `n` observed slots (n_q = 1, n_k = n)."""
+
+    def rewind(self, ctx: LayerContext, n: int) -> int:
+        """After tokens were taken back: shrink the index to at most the first n slots and return how many it still covers.
+
+        The slots after that are observed again. The default forgets the index.
+        """
+        ctx.state.clear()
+        return 0
+
+    def layer_policy(self, layer: int, layers: int) -> LayerPolicy:
+        """"dense", "select", or the number of an earlier layer whose selection of this step is used again."""
+        return "select"
+
+
+class StoredKV(Protocol):
+    """The entries of one cache layer as a cache policy sees them: same slots in every tensor, oldest first.
+
+    keys `(B, Hk, n, D)`, values `(B, Hk, n, Dv)` as attention sees them; heads: how many heads are stored (Hk, or 1 where a
+    model stores one latent for all); side: per-slot arrays `(B, heads, n)` that follow the entries ("positions" is always there).
+    """
+
+    keys: Tensor
+    values: Tensor
+    side: dict[str, Tensor]
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def valid(self) -> Tensor | None:
+        """bool `(B, heads, n)` where heads hold different numbers of entries (the gaps stand at the end), else None."""
+
+    def keep(self, indices: Tensor, counts: Tensor | None = None) -> None:
+        """Keep only these slots, `indices (B, heads, m)` int64 ascending; `counts (B, heads)` when heads keep different numbers."""
+
+    def rekey(self, keys: Tensor) -> None:
+        """Replace the stored keys by others of the same shape (turned to other positions)."""
+
+    def seal(self, segment: Any, n: int) -> None:
+        """Replace the n oldest entries by an encoded segment."""
+
+
+class CachePolicy(Method):
+    """Makes the stored cache smaller: drops, merges or re-encodes entries."""
+
+    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:  # noqa: B027 (an optional hook)
+        """After each attention call: q `(B, Hq, m, D)` are its queries, whose own keys are the last m entries of kv."""
+
+    @abstractmethod
+    def compress(self, ctx: LayerContext, kv: StoredKV) -> None:
+        """When the prompt has ended, and after a decoding step for which `due` is true."""
+
+    def due(self, ctx: LayerContext, length: int) -> bool:
+        """Whether to compress after this decoding step, with `length` entries stored in full precision. Default: never."""
+        return False
+
+
+class Calibrated(Method):
+    """A method with an offline part: statistics that add up over samples, and what is concluded from them."""
+
+    @abstractmethod
+    def measure(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """Statistics of one layer on one sample, from dense attention's q, k, v; they are summed over samples."""
+
+    @abstractmethod
+    def conclude(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The plan's tensors for one layer from the summed statistics."""
+
+
+REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: T) -> T:
+    """Class decorator: make a method known under its slug, which must be new."""
+    slug = cls.info.slug
+    if slug in REGISTRY and REGISTRY[slug].__qualname__ != cls.__qualname__:
+        raise ValueError(f"two methods are called {slug!r}: {REGISTRY[slug].__module__} and {cls.__module__}")
+    REGISTRY[slug] = cls
+    return cls

@@ -1,0 +1,60 @@
+"""Index arithmetic under Selection: lists from masks, masks from lists, and pair counts in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def list_true(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of the True entries of `mask (..., n)`, ascending, as int32 ids `(..., m)` and counts `(...)`.
+
+    m is the largest count; entries past a row's count hold n.
+    """
+    n = mask.shape[-1]
+    counts = mask.sum(-1, dtype=torch.int32)
+    longest = int(counts.max()) if counts.numel() else 0
+    # a stable sort on "absent" moves the present positions to the front in ascending order
+    ids = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices[..., :longest].to(torch.int32)
+    return fill_past(ids, counts, n), counts
+
+
+def fill_past(ids: Tensor, counts: Tensor, value: int | float) -> Tensor:
+    """`ids (..., m)` with every entry at or past `counts (...)` set to `value`."""
+    past = torch.arange(ids.shape[-1], device=ids.device) >= counts.unsqueeze(-1)
+    return ids.masked_fill(past, value)
+
+
+def cover(starts: Tensor, length: int, n: int) -> Tensor:
+    """True where an interval `[start, start + length)` covers a key: `starts (..., m)` (start >= n: none) to `(..., n)` bool."""
+    edges = torch.zeros(*starts.shape[:-1], n + 1, dtype=torch.int32, device=starts.device)
+    ones = torch.ones_like(starts, dtype=torch.int32)
+    begin, end = starts.long().clamp(max=n), (starts.long() + length).clamp(max=n)
+    edges.scatter_add_(-1, begin, ones)
+    edges.scatter_add_(-1, end, -ones)
+    return edges[..., :n].cumsum(-1) > 0
+
+
+def mark(ids: Tensor, n: int) -> Tensor:
+    """True at the listed ids: `ids (..., m)` (id >= n: none) to `(..., n)` bool."""
+    marks = torch.zeros(*ids.shape[:-1], n + 1, dtype=torch.bool, device=ids.device)
+    return marks.scatter_(-1, ids.long().clamp(max=n), True)[..., :n]
+
+
+def _pairs_before(row: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Sum over rows p < row of the keys of [start, end) that are <= p."""
+    length = end - start
+    inside = (row - start).clamp(min=0)
+    inside = torch.minimum(inside, length)
+    return inside * (inside + 1) // 2 + (row - end).clamp(min=0) * length
+
+
+def causal_pairs(first_row: Tensor, last_row: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Pairs (p, j) with `first_row <= p < last_row`, `start <= j < end` and `j <= p`; int64, broadcasting."""
+    return _pairs_before(last_row, start, end) - _pairs_before(first_row, start, end)
+
+
+def row_tiles(n_q: int, block_q: int, first_position: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and one-past-last query position of each query tile, int64 `(Tq,)` each."""
+    first = torch.arange(0, n_q, block_q, device=device)
+    return first + first_position, (first + block_q).clamp(max=n_q) + first_position

@@ -1,0 +1,1 @@
+"""Methods of the cache family, one paper a file."""

@@ -1,0 +1,1 @@
+"""Methods of the decode family, one paper a file."""

@@ -1,0 +1,1 @@
+"""Methods of the kvcomp family, one paper a file."""

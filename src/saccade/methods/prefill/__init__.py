@@ -1,0 +1,1 @@
+"""Methods of the prefill family, one paper a file."""

@@ -1,0 +1,41 @@
+"""Rows of keys and values picked by id, without copying what is not picked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyRows:
+    """K and V seen as flat rows, so that one `index_select` fetches the listed keys of many heads.
+
+    Works on views into larger buffers (a growing cache, a transposed projection) without making them contiguous.
+    `heads` lists are gathered, list head h from key/value head `h // group`.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, *, heads: int, group: int) -> None:
+        self.n_k = k.shape[2]
+        kv_head = torch.arange(heads, device=k.device) // group
+        self.sources = [_flat_rows(x, kv_head) for x in (k, v)]
+
+    def gather(self, ids: Tensor, b: slice, h: slice) -> tuple[Tensor, Tensor]:
+        """K and V rows for ids `(b, h, n)` (ids >= n_k give some row): `(b, h, n, D)` and `(b, h, n, Dv)`."""
+        ids = ids.clamp(max=self.n_k - 1)
+        picked = []
+        for flat, base, step in self.sources:
+            index = ids * step + base[b, h].unsqueeze(-1)
+            picked.append(flat.index_select(0, index.flatten()).view(*ids.shape, flat.shape[-1]))
+        return picked[0], picked[1]
+
+
+def _flat_rows(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor, int]:
+    """`(rows (R, D), first row of (batch, list head) int64, rows between neighbouring keys)` for x `(B, Hk, N, D)`."""
+    batch, _, _, dim = x.shape
+    strides = x.stride()
+    if strides[3] != 1 or any(stride % dim for stride in strides[:3]) or strides[2] == 0:
+        x = x.contiguous()
+        strides = x.stride()
+    span = sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides[:3], strict=True)) // dim + 1
+    flat = x.as_strided((span, dim), (dim, 1), x.storage_offset())
+    base = torch.arange(batch, device=x.device)[:, None] * (strides[0] // dim) + head * (strides[1] // dim)
+    return flat, base, strides[2] // dim

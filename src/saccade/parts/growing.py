@@ -1,0 +1,56 @@
+"""A tensor that grows along one axis without being copied at every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STEP = 64  # entries of room made at a time: what a buffer may hold beyond its content
+
+
+class Growing:
+    """`(B, H, n, ...)` growing along axis 2. `view` is the content; the buffer behind it has room for the next entries."""
+
+    def __init__(self, content: Tensor, room: int = 0) -> None:
+        self.n = content.shape[2]
+        self._buffer = content
+        if room:
+            self._reserve(self.n + room)
+
+    @property
+    def view(self) -> Tensor:
+        return self._buffer[:, :, : self.n]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the spare room included."""
+        return self._buffer.untyped_storage().nbytes()
+
+    def _reserve(self, wanted: int) -> None:
+        if wanted <= self._buffer.shape[2] and self._buffer.is_contiguous():
+            return
+        room = max(wanted, self.n) + STEP
+        shape = (*self._buffer.shape[:2], room, *self._buffer.shape[3:])
+        bigger = self._buffer.new_empty(shape)
+        bigger[:, :, : self.n] = self.view
+        self._buffer = bigger
+
+    def append(self, new: Tensor) -> Tensor:
+        """Add `(B, H, m, ...)` at the end; returns the whole content."""
+        self._reserve(self.n + new.shape[2])
+        self._buffer[:, :, self.n : self.n + new.shape[2]] = new
+        self.n += new.shape[2]
+        return self.view
+
+    def truncate(self, n: int) -> None:
+        """Keep the first n entries."""
+        self.n = min(self.n, n)
+
+    def reorder(self, rows: Tensor) -> Growing:
+        """A copy with these batch rows."""
+        return Growing(self.view.index_select(0, rows.to(self._buffer.device)))
+
+    def pick(self, indices: Tensor) -> Tensor:
+        """Entries `indices (B, H, m)` of every row and head, `(B, H, m, ...)`, a copy."""
+        index = indices.reshape(*indices.shape, *(1,) * (self._buffer.ndim - 3)).expand(*indices.shape, *self._buffer.shape[3:])
+        return torch.gather(self.view, 2, index)

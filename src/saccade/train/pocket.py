@@ -1,0 +1,354 @@
+"""The recipe of the pocket model: minutes on one or two GPUs, from the Python sources beside the interpreter.
+
+Muon for the matrices, AdamW for the rest; the context grows in phases; the learning rate warms up, stays, and falls.
+The same loop runs alone or under `torchrun`, to a time limit or to a number of steps, and resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from saccade.models.pocket.tokenizer import BOS, EOS, PAD, VOCABULARY, build_tokenizer
+from saccade.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from saccade.train.corpus import common_words, load_corpus
+from saccade.train.data import TaskMix
+from saccade.train.distributed import Ranks, join
+from saccade.train.muon import Muon
+from saccade.train.pieces import SCORED, Kind
+from saccade.train.text import Grammar
+
+AGREE_EVERY = 10  # steps between two looks at the first process's clock
+SHARD_BYTES = 13_500_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training: until `until` (a share of the whole run), `tokens` a step in sequences of `context`."""
+
+    until: float
+    context: int
+    tokens: int
+    mix: tuple[float, ...]
+
+
+POCKET_PHASES = (
+    Phase(until=0.13, context=1024, tokens=131_072, mix=(0.22, 0.13, 0.18, 0.07, 0.40)),
+    Phase(until=0.43, context=4096, tokens=262_144, mix=(0.24, 0.14, 0.22, 0.07, 0.33)),
+    Phase(until=0.70, context=16384, tokens=262_144, mix=(0.27, 0.17, 0.24, 0.08, 0.24)),
+    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.17, 0.28, 0.08, 0.19)),
+)
+TINY_PHASES = (
+    Phase(until=0.5, context=128, tokens=1024, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
+    Phase(until=1.0, context=256, tokens=1024, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run. Give `seconds` or `steps`, the length of the run, not both."""
+
+    out: Path
+    phases: tuple[Phase, ...] = POCKET_PHASES
+    seconds: float | None = None
+    steps: int | None = None
+    stop_after: int | None = None  # leave after this many steps, with a checkpoint, as if the run was cut off
+    hidden: int = 384
+    mlp: int = 1024
+    layers: int = 8
+    query_heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    rate: float = 3e-3
+    warmup_steps: int = 100
+    decay_from: float = 0.55
+    final_rate: float = 0.03  # as a share of `rate`
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    exam_share: float = 0.2
+    split_share: float = 0.2
+    seed: int = 0
+    corpus_megabytes: float = 250.0
+    corpus_roots: tuple[Path, ...] | None = None
+    workers: int = 14
+    checkpoint_every: int = 400
+    log_every: int = 25
+    device: str | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.steps is None):
+            raise ValueError(f"seconds {self.seconds} and steps {self.steps} were given, expected exactly one of them")
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
+            raise ValueError(f"the phases end at {ends}, expected rising shares of the run, the last one 1.0")
+        for phase in self.phases:
+            if phase.tokens % phase.context:
+                raise ValueError(f"{phase.tokens} tokens a step are not a multiple of the context {phase.context}")
+
+
+def pocket_config(out: str | Path, seconds: float = 960.0) -> TrainConfig:
+    """The recipe of the shipped model: `seconds` of training on one or two GPUs."""
+    return TrainConfig(out=Path(out), seconds=seconds, compile=True)
+
+
+def tiny_config(out: str | Path, steps: int = 16) -> TrainConfig:
+    """A model of 0.1 M parameters that trains on a CPU in seconds: to try the recipe, not to use."""
+    return TrainConfig(
+        out=Path(out),
+        phases=TINY_PHASES,
+        steps=steps,
+        hidden=64,
+        mlp=128,
+        layers=2,
+        query_heads=2,
+        kv_heads=1,
+        head_dim=32,
+        warmup_steps=4,
+        corpus_megabytes=1.0,
+        workers=0,
+        checkpoint_every=1_000_000,
+        log_every=1,
+        device="cpu",
+    )
+
+
+def build_model(config: TrainConfig) -> LlamaForCausalLM:
+    """The untrained model, float32, on the CPU; the weights follow `config.seed`."""
+    torch.manual_seed(config.seed)
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=config.hidden,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.query_heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=max(phase.context for phase in config.phases),
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(llama).float()
+
+
+def build_optimizers(model: LlamaForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW without weight decay for embeddings and norms."""
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    taken = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    return [
+        Muon(inner, lr=config.rate, weight_decay=config.weight_decay),
+        torch.optim.AdamW(rest, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def rate_share(step: int, progress: float, config: TrainConfig) -> float:
+    """The learning rate as a share of `config.rate`: linear warm-up, flat, linear fall to `config.final_rate`."""
+    fall = max(0.0, (progress - config.decay_from) / (1 - config.decay_from))
+    return min(1.0, (step + 1) / config.warmup_steps) * (1 - (1 - config.final_rate) * min(1.0, fall))
+
+
+def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """The final hidden states `(B, N, hidden)` of full causal sequences `(B, N)`.
+
+    The decoder's own loop, without its mask and cache code: SDPA's causal flag is all that full sequences need.
+    """
+    body = model.model
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    hidden = body.embed_tokens(ids)
+    angles = body.rotary_emb(hidden, position_ids=positions)
+    for layer in body.layers:
+        hidden = layer(hidden, position_embeddings=angles, position_ids=positions)
+    return body.norm(hidden)
+
+
+def weighted_loss(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The mean cross-entropy in nats, weighted by byte."""
+    logits = F.linear(hidden, table).float().flatten(0, 1)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+@torch.no_grad()
+def measure(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, kinds: Tensor) -> dict[str, float]:
+    """Bits per byte of plain text, and by kind the share of the answer bytes that rank first."""
+    logits = F.linear(hidden, table).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    right = logits.argmax(-1) == targets
+    out: dict[str, float] = {}
+    for kind in Kind:
+        chosen = (kinds == kind) & (weights > 0 if kind is Kind.TEXT else weights >= SCORED)
+        if chosen.any() and kind is Kind.TEXT:
+            out["text_bits"] = losses[chosen].mean().item() / math.log(2)
+        elif chosen.any():
+            out[kind.name.lower()] = right[chosen].float().mean().item()
+    return out
+
+
+def export(model: LlamaForCausalLM, folder: Path) -> Path:
+    """Write the weights in bfloat16, in shards under 14 MB, with the tokenizer: any `from_pretrained` can load it."""
+    shaped = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    shaped.load_state_dict(model.state_dict())
+    shaped.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Train, or go on from the last checkpoint under `config.out`; returns the folder of the exported weights.
+
+    `config.out` receives `metrics.jsonl` (a row every `log_every` steps, measured on the first process's share of the
+    batch), `checkpoints/` and `weights/`. `progress` is called with every row. Under `torchrun` every process calls
+    this; only the first one writes.
+    """
+    with join(config.device) as ranks:
+        return _Run(config, ranks, progress).go()
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, report: Callable[[dict[str, Any]], None] | None) -> None:
+        self.config, self.ranks, self.report = config, ranks, report
+        text, _ = load_corpus(config.corpus_megabytes, config.corpus_roots)
+        self.grammar = Grammar(text, common_words(text))
+        self.model = build_model(config).to(ranks.device)  # type: ignore[arg-type]
+        self.optimizers = build_optimizers(self.model, config)
+        self.params = list(self.model.parameters())
+        self.step, self.elapsed, self.tokens = 0, 0.0, 0
+        self.phase, self.phase_start = -1, 0
+        self.batches: Any = None
+        found = latest_checkpoint(config.out)
+        if found is not None:
+            counters = load_checkpoint(found, self.model, self.optimizers)
+            self.step, self.elapsed, self.tokens = counters["step"], counters["elapsed"], counters["tokens"]
+            self.phase, self.phase_start = counters["phase"], counters["phase_start"]
+        if ranks.rank == 0:
+            config.out.mkdir(parents=True, exist_ok=True)
+            self._trim_metrics()
+        self.loss = weighted_loss
+        if config.compile:
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
+            self.loss = torch.compile(weighted_loss, dynamic=False)
+
+    def go(self) -> Path:
+        config = self.config
+        began = time.monotonic() - self.elapsed
+        last = config.steps if config.steps is not None else float("inf")
+        share = self._share(began)
+        while share < 1.0 and self.step < min(last, config.stop_after or float("inf")):
+            self._enter(next(i for i, phase in enumerate(config.phases) if share < phase.until))
+            row = self._step(share)
+            self.step += 1
+            self.tokens += config.phases[self.phase].tokens
+            self.elapsed = time.monotonic() - began
+            if row is not None:
+                self._log(row)
+            if self.step % config.checkpoint_every == 0:
+                self._save()
+            if config.steps is not None or self.step % AGREE_EVERY == 0:
+                share = self._share(began)
+        self.batches = None
+        self._save()
+        if self.ranks.rank == 0:
+            export(self.model, config.out / "weights")
+        return config.out / "weights"
+
+    def _share(self, began: float) -> float:
+        if self.config.steps is not None:
+            return self.step / self.config.steps
+        return self.ranks.agree((time.monotonic() - began) / (self.config.seconds or 1.0))
+
+    def _enter(self, phase: int) -> None:
+        if phase != self.phase:
+            self.phase, self.phase_start, self.batches = phase, self.step, None
+        if self.batches is not None:
+            return
+        stage, config, ranks = self.config.phases[phase], self.config, self.ranks
+        sequences = stage.tokens // stage.context
+        if sequences % ranks.world:
+            raise ValueError(f"{sequences} sequences a step cannot be shared by {ranks.world} processes")
+        data = TaskMix(
+            self.grammar,
+            stage.context,
+            sequences // ranks.world,
+            seed=config.seed,
+            mix=stage.mix,
+            exam_share=config.exam_share,
+            split_share=config.split_share,
+            first=self.step - self.phase_start,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        pinned = ranks.device.type == "cuda"
+        ahead = 4 if config.workers else None
+        loader = DataLoader(data, data.batch, num_workers=config.workers, prefetch_factor=ahead, pin_memory=pinned)
+        self.batches = iter(loader)
+
+    def _step(self, share: float) -> dict[str, Any] | None:
+        device, config = self.ranks.device, self.config
+        rate = config.rate * rate_share(self.step, share, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        ids, weights, kinds = (t.to(device, non_blocking=True) for t in next(self.batches))
+        targets, weights = ids[:, 1:].contiguous(), weights[:, 1:].contiguous()
+        table = self.model.lm_head.weight
+        half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        with half:
+            hidden = hidden_states(self.model, ids[:, :-1].contiguous())
+            loss = self.loss(hidden, table, targets, weights)
+        loss.backward()
+        self.ranks.average_gradients(self.params)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, config.clip)
+        logged = (self.step + 1) % config.log_every == 0
+        row = None
+        if logged:
+            with half:
+                row = measure(hidden.detach(), table, targets, weights, kinds[:, 1:])
+            row |= {"loss": loss.item(), "gradient_norm": norm.item(), "rate": rate}
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return row
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.ranks.rank:
+            return
+        context = self.config.phases[self.phase].context
+        head = {"step": self.step, "seconds": round(self.elapsed, 2), "tokens": self.tokens, "context": context}
+        full = head | {name: round(value, 6) for name, value in row.items()}
+        with (self.config.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(full) + "\n")
+        if self.report is not None:
+            self.report(full)
+
+    def _trim_metrics(self) -> None:
+        """Drop the rows after the checkpoint: they will be written again."""
+        path = self.config.out / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def _save(self) -> None:
+        if self.ranks.rank == 0:
+            counters = {"elapsed": self.elapsed, "tokens": self.tokens, "phase": self.phase}
+            counters["phase_start"] = self.phase_start
+            save_checkpoint(self.config.out, self.step, self.model, self.optimizers, counters)
