@@ -16,6 +16,7 @@ _SMALL = {
 
 _CONFIGS = {
     "llama": ("LlamaConfig", {}),
+    "llama-mqa": ("LlamaConfig", {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3Config", {}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral-sliding": ("MistralConfig", {"sliding_window": 32}),
@@ -42,13 +43,20 @@ _CONFIGS = {
 FAMILIES = tuple(_CONFIGS)
 
 
-@cache
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny model of a family, in eval mode, always with the same weights."""
+    return _tiny(family, dtype)
+
+
+@cache
+def _tiny(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     name, changes = _CONFIGS[family]
     settings = {**_SMALL, **changes}
     settings.pop("head_dim") if family in ("phi3", "gpt-neox", "gpt2", "deepseek-v3") else None
     config = getattr(transformers, name)(**settings)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    return model.to(dtype)
+    # eager: transformers' sdpa path does not know Gemma-2's softcap
+    implementation = "eager" if family == "gemma2" else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval().to(dtype)
+    model.set_experts_implementation("eager")  # the grouped kernels know no float64
+    return model

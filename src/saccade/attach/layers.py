@@ -216,17 +216,28 @@ class LayerRunner:
     def _compress_if_due(self, layer: KVLayer, wide: tuple[Tensor, Tensor] | None = None) -> None:
         if self.policy is None or layer.tail is None:
             return
-        n = max(layer.full_precision_lengths())
-        if self.policy.due(self._context(self._last, None if not layer.padded else 0, layer, seen=layer.seen, phase="cache"), n):
-            self._compress(layer, wide)
+        lengths = layer.full_precision_lengths()
+        # rows that differ by padding reach their limits at different steps
+        due = [
+            row for row in _rows(len(lengths), layer.padded)
+            if self.policy.due(
+                self._context(self._last, row, layer, seen=layer.seen, phase="cache"), max(lengths) if row is None else lengths[row]
+            )
+        ]  # fmt: skip
+        if due:
+            self._compress(layer, wide, due)
 
-    def _compress(self, layer: KVLayer, wide: tuple[Tensor, Tensor] | None) -> None:
+    def _compress(
+        self, layer: KVLayer, wide: tuple[Tensor, Tensor] | None, due: list[int | None] | None = None
+    ) -> None:
+        """Let the policy act on the rows that are due (default: all)."""
         assert self.policy is not None and layer.tail is not None
         opened = []
         for row in _rows(layer.tail.keys.shape[0], layer.padded):
             slots = self._open(layer, row, wide)
-            ctx = self._context(self._last, row, layer, seen=layer.seen, phase="cache")
-            self.policy.compress(ctx, slots)
+            if due is None or row in due:
+                ctx = self._context(self._last, row, layer, seen=layer.seen, phase="cache")
+                self.policy.compress(ctx, slots)
             opened.append((row, slots))
         moved = any(slots.moved for _, slots in opened)
         layer.close(opened)

@@ -19,7 +19,7 @@ def text_config(model: PreTrainedModel) -> Any:
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
-    """The attention kind of each layer as transformers' cache sees it."""
+    """The attention kind of each layer as transformers' cache sees it; "shared" where layers use one cache together."""
     config = text_config(model)
     layers = int(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None)
@@ -30,9 +30,11 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
             kinds = ["chunked_attention"] * layers
         else:
             kinds = [_FULL] * layers
-    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
-    # layers that read another layer's cache have none of their own
-    return [*kinds[: layers - shared], *["shared"] * min(shared, layers)]
+    kinds = list(kinds)
+    first_shared = layers - int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    # later layers read the cache of the last earlier layer of their kind: dropping its entries would change them
+    owners = {max((i for i in range(first_shared) if kinds[i] == kind), default=None) for kind in set(kinds[first_shared:])}
+    return ["shared" if i >= first_shared or i in owners else kind for i, kind in enumerate(kinds)]
 
 
 def managed_layers(model: PreTrainedModel) -> list[int]:
@@ -46,8 +48,6 @@ def managed_layers(model: PreTrainedModel) -> list[int]:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: only decoder-only models can be attached")
     kinds = layer_kinds(model)
-    if "shared" in kinds:
-        raise ValueError(f"{name} shares keys and values between layers: dropping entries of one layer would change others")
     managed = [index for index, kind in enumerate(kinds) if kind == _FULL]
     if not managed:
         raise ValueError(

@@ -125,7 +125,7 @@ class KVLayer(CacheLayerMixin):
         """Take back the last `-tokens_to_remove` tokens (a negative number, as in transformers >= 5)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}) is not supported: give the number of tokens to remove as a negative number")
-        removed = min(-tokens_to_remove, self.seen)
+        removed = min(int(-tokens_to_remove), self.seen)
         self.seen -= removed
         if removed and self.tail is not None:
             if removed <= self.tail.fresh:

@@ -8,7 +8,6 @@ from random import Random
 
 Z95 = 1.959963984540054
 RESAMPLES = 1000
-DISCRIMINATING = 0.5
 
 
 def exact(output: bytes, answer: bytes) -> bool:
@@ -102,11 +101,11 @@ def summary(values: Sequence[float], *, bounded: bool = True, seed: int = 0) -> 
     return mean, *bootstrap(values, seed)
 
 
-def discriminating(dense_score: float | None, unit: str) -> bool:
-    """Whether a task can tell methods apart: dense attention itself solves it at least half the time.
+def discriminating(dense_score: float | None, unit: str, chance: float = 0.0) -> bool:
+    """Whether a task can tell methods apart: dense attention is at least halfway from guessing (`chance`) to perfect.
 
-    Bits per byte always can. Without a dense score nothing is known, so False.
+    Without guessing that is a score of 0.5. Bits per byte always can. Without a dense score nothing is known, so False.
     """
     if unit == "bits":
         return True
-    return dense_score is not None and dense_score >= DISCRIMINATING
+    return dense_score is not None and dense_score >= (1 + chance) / 2

@@ -8,27 +8,29 @@ from torch import Tensor
 from saccade.core import StoredKV
 
 
-def best_slots(scores: Tensor, count: int, *, sinks: int = 0, recent: int = 0, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The `count` best of n slots per row and head, ascending: indices `(B, H, count)` int64, and counts `(B, H)` where `valid` is
-    given and some head has fewer.
+def best_slots(
+    scores: Tensor, count: int, *, sinks: int = 0, recent: int = 0, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The `count` best of n slots per row and head, ascending: indices `(B, H, count)` int64, and counts `(B, H)` where
+    `valid` is given and some head has fewer.
 
-    scores `(B, H, n)`. The first `sinks` and last `recent` slots come out of the count first. Ties go to the lower slot.
+    scores `(B, H, n)`. The first `sinks` and last `recent` slots come out of the count first; where the count is too
+    small for both, sinks go first and then the newest. Ties go to the lower slot. valid: `(B, H, n)` bool with the gaps
+    at the end, or None.
     """
     n = scores.shape[-1]
     count = min(count, n)
-    scores = scores.float()
-    if valid is None:
-        forced = torch.arange(n, device=scores.device)
-        forced = (forced < sinks) | (forced >= n - recent)
-        scores = scores.masked_fill(forced, torch.inf)
-        chosen = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
-        return chosen.sort(-1).values, None
-    held = valid.sum(-1, keepdim=True)
+    sinks = min(sinks, count)
+    recent = min(recent, count - sinks)
     slots = torch.arange(n, device=scores.device)
-    scores = scores.masked_fill((slots < sinks) | ((slots >= held - recent) & (slots < held)), torch.inf)
-    chosen = torch.sort(scores.masked_fill(~valid, -torch.inf), dim=-1, descending=True, stable=True).indices[..., :count]
+    held = n if valid is None else valid.sum(-1, keepdim=True)
+    forced = (slots < sinks) | ((slots >= held - recent) & (slots < held))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(forced, torch.inf)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    chosen = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
     # gaps stand at the end, so in ascending order a head's real picks come first
-    return chosen.sort(-1).values, held.squeeze(-1).clamp(max=count)
+    return chosen, None if valid is None else valid.sum(-1).clamp(max=count)
 
 
 def keep_best(kv: StoredKV, scores: Tensor, count: int, *, sinks: int = 0, recent: int = 0) -> None:
@@ -39,5 +41,6 @@ def keep_best(kv: StoredKV, scores: Tensor, count: int, *, sinks: int = 0, recen
     if count >= kv.length:
         return
     if kv.heads != scores.shape[1]:
-        scores = scores.float().unflatten(1, (kv.heads, -1)).mean(2)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        scores = scores.to(exact).unflatten(1, (kv.heads, -1)).mean(2)
     kv.keep(*best_slots(scores, count, sinks=sinks, recent=recent, valid=kv.valid))

@@ -46,6 +46,8 @@ def read(result: Any) -> dict[str, Any]:
     clean = finite({key: value for key, value in result.items() if key not in ("rows", "attention")})
     for part in ("environment", "model", "settings"):
         clean[part] = clean.get(part) or {}
+    for part in ("created", "command"):
+        clean[part] = str(clean.get(part) or "")
     clean["rows"] = [_row(index, row) for index, row in enumerate(rows)]
     clean["attention"] = result.get("attention")
     return clean

@@ -56,6 +56,12 @@ def _rivals(chart: Chart) -> list[Point]:
     return [p for p in chart.points if p.slug not in ("dense", "random") and p.complete and p.score is not None]
 
 
+def _cache(point: Point) -> float:
+    """The point's share of the dense cache; NaN, which no comparison holds for, where it was not measured."""
+    share = point.costs["cache"]
+    return float("nan") if share is None else share
+
+
 def _quality(chart: Chart) -> Iterable[Finding]:
     dense = _dense(chart)
     if dense is None or dense.score is None:
@@ -65,7 +71,7 @@ def _quality(chart: Chart) -> Iterable[Finding]:
         )
         return
     unit, ceiling = chart.unit, dense.score
-    small = [p for p in _rivals(chart) if p.costs["cache"] is not None and p.costs["cache"] < 0.98]
+    small = [p for p in _rivals(chart) if _cache(p) < 0.98]
     if not small:
         yield Finding(
             "note", ("No method that ran in every cell held less than the dense cache: nothing here saves memory.",)
@@ -73,14 +79,14 @@ def _quality(chart: Chart) -> Iterable[Finding]:
         return
     near = [p for p in small if p.score is not None and _near(p.score, ceiling, unit)]
     if near:
-        best = min(near, key=lambda p: (p.costs["cache"], p.score if unit == "bits" else -(p.score or 0)))
+        best = min(near, key=lambda p: (_cache(p), (p.score or 0.0) * (1 if unit == "bits" else -1)))
         yield Finding(
             "good",
             (
                 "Smallest cache near dense: ",
                 Name(best.method),
                 f" scores {score_text(best.score or 0.0, unit)} where dense scores {score_text(ceiling, unit)}, "
-                f"and holds {best.costs['cache']:.0%} of the dense cache.",
+                f"and holds {_cache(best):.0%} of the dense cache.",
             ),
         )
     else:
@@ -90,7 +96,7 @@ def _quality(chart: Chart) -> Iterable[Finding]:
             (
                 f"No smaller cache stays within {NEAR:.0%} of dense ({score_text(ceiling, unit)}). Nearest: ",
                 Name(best.method),
-                f" with {score_text(best.score or 0.0, unit)} at {best.costs['cache']:.0%} of the dense cache.",
+                f" with {score_text(best.score or 0.0, unit)} at {_cache(best):.0%} of the dense cache.",
             ),
         )
 
@@ -146,20 +152,12 @@ def _verdict(chart: Chart, method: str, length: int) -> str:
 
 def _floor(chart: Chart) -> Iterable[Finding]:
     """Methods that random eviction with no larger cache equals or beats."""
-    floors = [
-        p
-        for p in chart.points
-        if p.slug == "random" and p.complete and p.score is not None and p.costs["cache"] is not None
-    ]
     sign = -1.0 if chart.unit == "bits" else 1.0
+    floors = [(_cache(p), sign * (p.score or 0.0)) for p in chart.points if p.slug == "random" and p.complete]
     beaten = [
         p
         for p in _rivals(chart)
-        if p.costs["cache"] is not None
-        and any(
-            f.costs["cache"] <= p.costs["cache"] * 1.02 and sign * (f.score or 0.0) >= sign * (p.score or 0.0)
-            for f in floors
-        )
+        if any(cache <= _cache(p) * 1.02 and floor >= sign * (p.score or 0.0) for cache, floor in floors)
     ]
     if beaten:
         verb = "is" if len(beaten) == 1 else "are"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from saccade.models.pocket.tokenizer import BOS, BYTE_OFFSET, PAD
 from saccade.train import drills, exams
-from saccade.train.pieces import PLAIN, Kind, Piece
+from saccade.train.pieces import PLAIN, TAG, Kind, Piece
 from saccade.train.text import Grammar
 
 Sample = tuple[Tensor, Tensor, Tensor]
@@ -23,7 +24,6 @@ DRILLS: dict[Kind, Maker] = {
     Kind.NEEDLES: drills.needles,
     Kind.DICTIONARY: drills.dictionary,
     Kind.COPY: drills.copy,
-    Kind.VARIABLES: drills.variables,
 }
 EXAMS: dict[Kind, Maker] = {
     Kind.NEEDLES: lambda grammar, rng, n: exams.needles(
@@ -42,7 +42,8 @@ class TaskMix(IterableDataset[Sample]):
     holds the sequences (b * world + rank) * batch and the next `batch` - 1, and the stream begins at batch `first`.
     `mix` weighs the kinds in the order of `Kind`. A sequence is an exam with probability `exam_share`, else a drill;
     with probability `split_share` it is cut into two to five problems. Padding has weight 0. A token's weight is that
-    of the byte it stands for, as a target.
+    of the byte it stands for, as a target; its kind is `Kind + 8 * tag` of its piece. `letters` are the lengths of
+    variable names in drills.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TaskMix(IterableDataset[Sample]):
         mix: Sequence[float] = (0.27, 0.18, 0.22, 0.08, 0.25),
         exam_share: float = 0.2,
         split_share: float = 0.2,
+        letters: Sequence[int] = (4,),
         first: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -65,6 +67,7 @@ class TaskMix(IterableDataset[Sample]):
         self.grammar, self.context, self.batch, self.seed, self.mix = grammar, context, batch, seed, tuple(mix)
         self.exam_share, self.split_share = exam_share, split_share
         self.first, self.rank, self.world = first, rank, world
+        self.drills = DRILLS | {Kind.VARIABLES: partial(drills.variables, letters=tuple(letters))}
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -92,18 +95,18 @@ class TaskMix(IterableDataset[Sample]):
     def _problem(self, rng: Random, n: int) -> tuple[Kind, list[Piece]]:
         kind = rng.choices(list(Kind), self.mix)[0]
         if kind is Kind.TEXT:
-            return kind, [(self.grammar.haystack(rng, n), PLAIN)]
-        makers = EXAMS if rng.random() < self.exam_share else DRILLS
+            return kind, [Piece(self.grammar.haystack(rng, n), PLAIN)]
+        makers = EXAMS if rng.random() < self.exam_share else self.drills
         return kind, makers[kind](self.grammar, rng, n)
 
 
 def pack(problems: Sequence[tuple[Kind, list[Piece]]], context: int) -> Sample:
     """The ids, weights and kinds of `context` + 1 tokens: bos, the last `context` bytes of the problems, padding."""
-    pieces = [(text, weight, kind) for kind, made in problems for text, weight in made]
-    lengths = [len(text) for text, _, _ in pieces]
-    text = np.frombuffer(b"".join(text for text, _, _ in pieces), np.uint8)[-context:]
-    weights = np.repeat(np.array([weight for _, weight, _ in pieces], np.float32), lengths)[-context:]
-    kinds = np.repeat(np.array([kind for _, _, kind in pieces], np.uint8), lengths)[-context:]
+    pieces = [(piece, kind) for kind, made in problems for piece in made]
+    lengths = [len(piece.text) for piece, _ in pieces]
+    text = np.frombuffer(b"".join(piece.text for piece, _ in pieces), np.uint8)[-context:]
+    weights = np.repeat(np.array([piece.weight for piece, _ in pieces], np.float32), lengths)[-context:]
+    kinds = np.repeat(np.array([kind + TAG * piece.tag for piece, kind in pieces], np.uint8), lengths)[-context:]
     ids_t = torch.full((context + 1,), PAD, dtype=torch.int64)
     weights_t = torch.zeros(context + 1)
     kinds_t = torch.zeros(context + 1, dtype=torch.uint8)

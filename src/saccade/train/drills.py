@@ -6,6 +6,7 @@ asks for each at a random later place or at the end, so that every sequence teac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from saccade.train import text as t
@@ -23,6 +24,7 @@ from saccade.train.exams import (
 from saccade.train.pieces import PLAIN, STATED, TEMPLATE, Event, Piece, piece, size, weave
 from saccade.train.text import Grammar
 
+LONGEST_CHAIN = 400  # bytes of four lines and their questions
 AT_THE_END = 0.35  # share of the questions that are asked at the end of the sequence
 
 
@@ -44,7 +46,6 @@ class _Drill:
         if self.rng.random() < AT_THE_END:
             self.tail.append(pieces)
         else:
-            # Stated first at an equal depth, so the question still comes second.
             self.events.append(Event(self.rng.uniform(after, 1.0), pieces))
         self.used += size(pieces)
 
@@ -87,11 +88,11 @@ def dictionary(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
             break
         asks += pieces
     return [
-        (grammar.haystack(rng, before), PLAIN),
+        piece(grammar.haystack(rng, before), PLAIN),
         piece(("\n" if before else "") + t.dictionary_open, TEMPLATE),
         *(piece(t.dictionary_line(*entry), STATED) for entry in entries.items()),
         piece(t.dictionary_close, TEMPLATE),
-        (grammar.haystack(rng, int(spare) - before), PLAIN),
+        piece(grammar.haystack(rng, int(spare) - before), PLAIN),
         piece("\n" if spare else "", PLAIN),
         *asks,
     ]
@@ -104,23 +105,28 @@ def copy(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
     while not drill.events or drill.used < room:
         passage = grammar.haystack(rng, rng.randint(32, 200))
         depth = rng.random() ** 2  # early passages make far copies
-        drill.state(depth, [(b"\n" + t.copy_open + passage + t.copy_close, PLAIN)])
+        drill.state(depth, [piece(b"\n" + t.copy_open + passage + t.copy_close, PLAIN)])
         drill.ask(depth, copy_pieces(passage))
     return drill.finish(grammar, n)
 
 
-def variables(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
-    """Chains of 1 to 3 hops in 5% to 65% of the sequence; the value is asked for after any of the hops.
+def variables(grammar: Grammar, rng: Random, n: int, letters: Sequence[int] = (4,)) -> list[Piece]:
+    """Chains of 1 to 3 hops in 10% to 90% of the sequence; the value is asked for after any of the hops.
 
-    The lines of all chains of a sequence are placed in one of three ways: as in the exam, in order, or anywhere.
+    All names of a sequence have one length, out of `letters`: following a chain is far easier to learn with names of
+    one letter, and carries over to longer ones. The lines are placed in one of three ways: as in the exam, in order,
+    or anywhere. In half of the sequences some questions follow their line at once.
     """
     drill = _Drill(rng)
-    room = rng.uniform(0.05, 0.65) * n
+    length = rng.choice(letters)
+    limit = min(len(t.NAME_LETTERS) ** length * 3 // 4, n)
+    room = rng.uniform(0.1, 0.9) * n
     style = rng.choice(("exam", "exam", "ordered", "anywhere"))
+    at_once = rng.choice((0.0, 0.0, 0.4, 1.0))
     taken: set[str] = set()
-    while not drill.events or drill.used < room:
+    while not drill.events or (drill.used < min(room, n - LONGEST_CHAIN) and len(taken) + 4 <= limit):
         hops = rng.randint(1, 3)
-        names = [grammar.name(rng) for _ in range(hops + 1)]
+        names = [grammar.name(rng, length) for _ in range(hops + 1)]
         if len({*names} - taken) <= hops:
             continue
         taken |= {*names}
@@ -128,8 +134,14 @@ def variables(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
         depths = noisy_depths(rng, hops + 1) if style == "exam" else [rng.random() for _ in names]
         if style == "ordered":
             depths.sort()
-        for depth, line in zip(depths, chain_lines(names, value), strict=True):
-            drill.state(depth, [piece(line, TEMPLATE)])
-        for hop in rng.sample(range(hops + 1), rng.randint(1, hops + 1)):
-            drill.ask(max(depths[: hop + 1]), variable_ask(names[hop], value))
+        for hop, line in enumerate(chain_lines(names, value)):
+            pieces = [piece(line, TEMPLATE)]
+            known = max(depths[: hop + 1])  # where the last of the lines that the answer needs stands
+            if rng.random() < (0.3 if hop == 0 else 0.8):
+                asked = variable_ask(names[hop], value, tag=hop if length == 4 else hop + 4)
+                if known == depths[hop] and rng.random() < at_once:
+                    pieces += asked
+                else:
+                    drill.ask(known, asked)
+            drill.state(depths[hop], pieces)
     return drill.finish(grammar, n)

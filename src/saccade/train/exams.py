@@ -33,18 +33,19 @@ def dictionary_ask(key: str, value: str) -> list[Piece]:
     return [piece(t.dictionary_question(key), TEMPLATE), piece(value, ANSWER), piece(t.dictionary_answer_close, PLAIN)]
 
 
-def variable_ask(name: str, value: str) -> list[Piece]:
-    """The pieces of a question for a variable and its answer."""
-    return [piece(t.variable_question(name), TEMPLATE), piece(value, ANSWER), piece(t.variable_answer_close, PLAIN)]
+def variable_ask(name: str, value: str, tag: int = 0) -> list[Piece]:
+    """The pieces of a question for a variable and its answer; `tag` marks the answer in the metrics."""
+    question, close = piece(t.variable_question(name), TEMPLATE), piece(t.variable_answer_close, PLAIN)
+    return [question, piece(value, ANSWER, tag), close]
 
 
 def copy_pieces(passage: bytes) -> list[Piece]:
     """The pieces of a second copy: its first bytes are given, the rest is scored."""
     return [
-        (b"\n" + t.copy_open, PLAIN),
-        (passage[:COPY_START], STATED),
-        (passage[COPY_START:], COPIED),
-        (t.copy_close, PLAIN),
+        Piece(b"\n" + t.copy_open, PLAIN),
+        Piece(passage[:COPY_START], STATED),
+        Piece(passage[COPY_START:], COPIED),
+        Piece(t.copy_close, PLAIN),
     ]
 
 
@@ -96,9 +97,9 @@ def dictionary_entries(grammar: Grammar, rng: Random, room: int) -> dict[str, st
 def copy(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
     """A passage of 32 to 200 bytes at the very start, and its copy at the very end."""
     passage = grammar.haystack(rng, rng.randint(32, 200))
-    first = (t.copy_open + passage + t.copy_close, PLAIN)
+    first = Piece(t.copy_open + passage + t.copy_close, PLAIN)
     middle = grammar.haystack(rng, max(SMALLEST_HAYSTACK, n - 2 * len(passage) - 16))
-    return [first, (middle, PLAIN), *copy_pieces(passage)]
+    return [first, Piece(middle, PLAIN), *copy_pieces(passage)]
 
 
 def variables(grammar: Grammar, rng: Random, n: int, hops: int | None = None) -> list[Piece]:
@@ -114,7 +115,7 @@ def variables(grammar: Grammar, rng: Random, n: int, hops: int | None = None) ->
         for chain in chains
         for depth, line in zip(noisy_depths(rng, hops + 1), chain_lines(*chain), strict=True)
     ]
-    return _fill(grammar, rng, n, events, variable_ask(names[-1], value))
+    return _fill(grammar, rng, n, events, variable_ask(names[-1], value, tag=hops))
 
 
 def noisy_depths(rng: Random, count: int) -> list[float]:

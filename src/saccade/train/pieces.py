@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from saccade.train.text import line_break
 
-Piece = tuple[bytes, float]
-
 # Loss weight of a byte. What is random cannot be predicted when it is first stated, so it hardly counts there.
 PLAIN = 1.0
-TEMPLATE = 0.3
+TEMPLATE = 0.1
 STATED = 0.05
 ANSWER = 6.0
 COPIED = 3.0
 SCORED = COPIED  # a byte of this weight or more is an answer: accuracy is measured on those
+
+
+TAG = 8  # a token's kind is coded as its `Kind` plus 8 times its tag
 
 
 class Kind(IntEnum):
@@ -29,6 +31,14 @@ class Kind(IntEnum):
     VARIABLES = 4
 
 
+class Piece(NamedTuple):
+    """Bytes with the loss weight of each; `tag` (0 to 7) tells groups of answers apart in the metrics."""
+
+    text: bytes
+    weight: float
+    tag: int = 0
+
+
 @dataclass(frozen=True)
 class Event:
     """Pieces that stand at a line break of the haystack, at `depth` in [0, 1]."""
@@ -37,14 +47,14 @@ class Event:
     pieces: list[Piece]
 
 
-def piece(text: str | bytes, weight: float) -> Piece:
+def piece(text: str | bytes, weight: float, tag: int = 0) -> Piece:
     """A piece from text or bytes."""
-    return (text.encode() if isinstance(text, str) else text, weight)
+    return Piece(text.encode() if isinstance(text, str) else text, weight, tag)
 
 
 def size(pieces: Sequence[Piece]) -> int:
     """The number of bytes in the pieces."""
-    return sum(len(text) for text, _ in pieces)
+    return sum(len(p.text) for p in pieces)
 
 
 def weave(haystack: bytes, events: Sequence[Event]) -> list[Piece]:
@@ -54,9 +64,9 @@ def weave(haystack: bytes, events: Sequence[Event]) -> list[Piece]:
     for event in sorted(events, key=lambda e: e.depth):
         spot = max(cut, line_break(haystack, event.depth))
         if spot > cut:
-            out.append((haystack[cut:spot], PLAIN))
+            out.append(Piece(haystack[cut:spot], PLAIN))
         out += event.pieces
         cut = spot
     if cut < len(haystack):
-        out.append((haystack[cut:], PLAIN))
+        out.append(Piece(haystack[cut:], PLAIN))
     return out

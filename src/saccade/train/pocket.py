@@ -27,7 +27,7 @@ from saccade.train.corpus import common_words, load_corpus
 from saccade.train.data import TaskMix
 from saccade.train.distributed import Ranks, join
 from saccade.train.muon import Muon
-from saccade.train.pieces import SCORED, Kind
+from saccade.train.pieces import SCORED, TAG, Kind
 from saccade.train.text import Grammar
 
 AGREE_EVERY = 10  # steps between two looks at the first process's clock
@@ -36,19 +36,23 @@ SHARD_BYTES = 13_500_000
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training: until `until` (a share of the whole run), `tokens` a step in sequences of `context`."""
+    """A stretch of training: until `until` (a share of the whole run), `tokens` a step in sequences of `context`.
+
+    `mix` and `letters` go to the `TaskMix`.
+    """
 
     until: float
     context: int
     tokens: int
     mix: tuple[float, ...]
+    letters: tuple[int, ...] = (4,)
 
 
 POCKET_PHASES = (
-    Phase(until=0.13, context=1024, tokens=131_072, mix=(0.22, 0.13, 0.18, 0.07, 0.40)),
-    Phase(until=0.43, context=4096, tokens=262_144, mix=(0.24, 0.14, 0.22, 0.07, 0.33)),
-    Phase(until=0.70, context=16384, tokens=262_144, mix=(0.27, 0.17, 0.24, 0.08, 0.24)),
-    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.17, 0.28, 0.08, 0.19)),
+    Phase(until=0.25, context=1024, tokens=131_072, mix=(0.20, 0.10, 0.15, 0.05, 0.50), letters=(1, 1, 2, 3, 4, 4)),
+    Phase(until=0.47, context=4096, tokens=262_144, mix=(0.24, 0.12, 0.20, 0.07, 0.37), letters=(1, 2, 4, 4, 4)),
+    Phase(until=0.71, context=16384, tokens=262_144, mix=(0.27, 0.16, 0.23, 0.08, 0.26)),
+    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.17, 0.26, 0.08, 0.21)),
 )
 TINY_PHASES = (
     Phase(until=0.5, context=128, tokens=1024, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
@@ -186,17 +190,22 @@ def weighted_loss(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tenso
 
 @torch.no_grad()
 def measure(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, kinds: Tensor) -> dict[str, float]:
-    """Bits per byte of plain text, and by kind the share of the answer bytes that rank first."""
+    """Bits per byte of plain text, and by kind and tag the share of the answers whose first byte ranks first.
+
+    The first byte is the sharp measure: the later ones can be found from those before them.
+    """
     logits = F.linear(hidden, table).float()
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     right = logits.argmax(-1) == targets
+    answers = weights >= SCORED
+    answers[:, 1:] &= weights[:, :-1] < SCORED
     out: dict[str, float] = {}
-    for kind in Kind:
-        chosen = (kinds == kind) & (weights > 0 if kind is Kind.TEXT else weights >= SCORED)
-        if chosen.any() and kind is Kind.TEXT:
-            out["text_bits"] = losses[chosen].mean().item() / math.log(2)
-        elif chosen.any():
-            out[kind.name.lower()] = right[chosen].float().mean().item()
+    for code in kinds[answers].unique().tolist():
+        name = Kind(code % TAG).name.lower() + (f" {code // TAG}" if code % TAG == Kind.VARIABLES else "")
+        out[name] = right[answers & (kinds == code)].float().mean().item()
+    plain = (kinds == Kind.TEXT) & (weights > 0)
+    if plain.any():
+        out["text_bits"] = losses[plain].mean().item() / math.log(2)
     return out
 
 
@@ -292,6 +301,7 @@ class _Run:
             mix=stage.mix,
             exam_share=config.exam_share,
             split_share=config.split_share,
+            letters=stage.letters,
             first=self.step - self.phase_start,
             rank=ranks.rank,
             world=ranks.world,

@@ -114,9 +114,9 @@ class Grammar:
             return f"{rng.getrandbits(4 * digits):0{digits}x}"
         return f"{rng.choice(self.words)} {rng.choice(self.words)}"
 
-    def name(self, rng: Random) -> str:
-        """A variable's name: four capital letters."""
-        return "".join(rng.choices(NAME_LETTERS, k=4))
+    def name(self, rng: Random, letters: int = 4) -> str:
+        """A variable's name: four capital letters, or as many as `letters` says."""
+        return "".join(rng.choices(NAME_LETTERS, k=letters))
 
     def number(self, rng: Random) -> str:
         """A variable's value: five digits."""

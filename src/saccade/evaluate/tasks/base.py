@@ -61,6 +61,11 @@ class Task(ABC):
             raise ValueError(f"task {self.name} needs a prompt of at least {self.minimum} bytes, not {n_bytes}: ask for a greater length")
         return self.draw(rng, grammar, n_bytes)
 
+    @property
+    def chance(self) -> float:
+        """The score of one that finds the candidates in the context and guesses among them."""
+        return 0.0
+
     def at(self, index: int) -> Self:
         """The variant that sample `index` of a run uses, so that depths and hops are covered evenly, not by luck."""
         return self
@@ -101,10 +106,6 @@ def fresh_key(rng: Random, grammar: Grammar, taken: set[str]) -> str:
         key = f"{grammar.key(rng)}-{len(taken)}"
     taken.add(key)
     return key
-
-
-def longest_word(grammar: Grammar) -> int:
-    return max(map(len, grammar.words))
 
 
 def count_field(task: str, field: str, value: object, least: int, most: int) -> None:

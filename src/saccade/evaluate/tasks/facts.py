@@ -27,7 +27,7 @@ class TwoFacts(Task):
 
     @property
     def minimum(self) -> int:
-        return 4 * SENTENCE + QUESTION + 50
+        return 4 * SENTENCE + QUESTION + 64
 
     def draw(self, rng: Random, grammar: Grammar, n_bytes: int) -> Sample:
         noun, taken = rng.choice(NOUNS), set()

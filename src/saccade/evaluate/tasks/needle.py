@@ -10,8 +10,8 @@ from saccade.evaluate.score import exact
 from saccade.evaluate.tasks.base import DepthTask, Sample, Task, count_field, fresh_key
 from saccade.train.text import NOUNS, Grammar, insert_at_lines, needle_question, needle_sentence
 
-SENTENCE = 64  # bytes of a needle with the longest noun, key and value of the shipped words
-QUESTION = 100
+SENTENCE = 80  # bytes that a needle with the longest noun, key and value may take
+QUESTION = 128
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 ENDS = (b".", b"\n")
 

@@ -32,6 +32,11 @@ class Variables(Task):
     def minimum(self) -> int:
         return self.chains * 4 * 24 + 100
 
+    @property
+    def chance(self) -> float:
+        # a lone chain leaves nothing to guess between, but its number must still be found
+        return 1 / self.chains if self.chains > 1 else 0.0
+
     def at(self, index: int) -> Self:
         return self if self.hops is not None else replace(self, hops=1 + index % 3)
 

@@ -35,6 +35,7 @@ class Random(CachePolicy):
             raise ValueError(f"sinks={self.sinks} and recent={self.recent} must be at least 0")
 
     def compress(self, ctx: LayerContext, kv: StoredKV) -> None:
-        # drawn per position, so that a chunked prompt keeps what a whole one keeps
-        draws = torch.rand(*kv.side["positions"].shape, generator=ctx.generator()).to(kv.keys.device)
+        # the same draws for every row of a batch: a row keeps what it would keep alone
+        batch, heads, n = kv.side["positions"].shape
+        draws = torch.rand(1, heads, n, generator=ctx.generator()).to(kv.keys.device).expand(batch, -1, -1)
         keep_best(kv, draws, Budget.of(self.budget).tokens(ctx.seen), sinks=self.sinks, recent=self.recent)

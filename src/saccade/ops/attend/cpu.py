@@ -1,10 +1,14 @@
-"""Gathering implementation: for each query tile the listed keys are gathered and nothing else is touched.
+"""Gathering implementation: the listed keys of each query tile are gathered and nothing else is touched.
 
-Work and memory traffic follow the selection's density; the largest temporary is one query tile times its own key list.
-Plain torch, made for CPUs (few, large calls per tile), runs on any device.
+A (batch, head, query tile) triple is an independent small problem. Triples with about equally many keys are run together as one
+batched call, so that ragged selections waste little and few calls are made. Work and memory traffic follow the selection's density;
+temporaries are bounded by CHUNK. Plain torch, made for CPUs, runs on any device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,102 +18,163 @@ from saccade.ops.attend.gather import KeyRows
 from saccade.ops.attend.problem import Problem
 from saccade.ops.attend.tile import attend_tile
 
-RAGGED = 0.75  # below this filling of the padded lists, heads are run one by one
+CHUNK = 1 << 22  # elements of gathered keys, or of one mask, held at a time
+SLACK = 1.15  # how much longer than the shortest the longest list of a batched call may be
 
 
 def attend(problem: Problem) -> Partial:
     """Attention over `problem.selection`."""
-    s, q, layout = problem.selection, problem.q, problem.layout
-    assert s is not None
-    batch, heads, n_q, _ = q.shape
-    # lists shared by a group: its queries become rows of one tile, so keys are gathered once per key/value head
-    shared = layout.group > 1 and layout.kv_heads % s.heads == 0
-    lists = s.expand(batch, layout.kv_heads if shared else heads)
-    queries = layout.to_groups(q) if shared else q.unsqueeze(2)  # (B, lists' heads, rows per position, Nq, D)
-    rows = KeyRows(problem.k, problem.v, heads=lists.heads, group=1 if shared else layout.group)
-    out = q.new_empty(*queries.shape[:4], problem.v.shape[-1])
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty(queries.shape[:4], dtype=exact, device=q.device) if problem.return_lse else None
-    tile_counts, token_counts = lists.start_counts.cpu(), lists.token_counts.cpu()
-    for tile in range(lists.tiles):
-        begin, end = tile * s.block_q, min((tile + 1) * s.block_q, n_q)
-        for b, h in _head_blocks(tile_counts[:, :, tile], token_counts[:, :, tile], s.block_k):
-            ids, ragged = _key_ids(lists, tile, b, h, tile_counts, token_counts)
-            if ids.shape[-1] == 0:
-                out[b, h, :, begin:end] = 0
-                if lse is not None:
-                    lse[b, h, :, begin:end] = -torch.inf
-                continue
-            positions = torch.arange(begin, end, device=q.device) + s.offset
-            visible = _visible(ids, ragged, positions if s.causal else None, s.n_k)
-            bias = _bias(problem, lists, tile, b, h, ids, begin, end, queries.shape[2])
-            k, v = rows.gather(ids, b, h)
-            part = attend_tile(
-                queries[b, h, :, begin:end].flatten(2, 3), k, v, _over_group(visible, queries.shape[2]), scale=problem.scale,
-                softcap=problem.softcap, bias=bias, return_lse=problem.return_lse,
-            )  # fmt: skip
-            out[b, h, :, begin:end] = part.out.unflatten(2, (queries.shape[2], end - begin))
-            if lse is not None and part.lse is not None:
-                lse[b, h, :, begin:end] = part.lse.unflatten(2, (queries.shape[2], end - begin))
-    return Partial(out.flatten(1, 2), None if lse is None else lse.flatten(1, 2))
+    work = _Work.of(problem)
+    lists = work.lists
+    lengths = (lists.start_counts * lists.block_k + lists.token_counts).flatten().cpu()
+    for triples in _batches(lengths, max(problem.k.shape[-1], work.rows_per_tile)):
+        work.run(triples.to(problem.q.device), exact=bool(lengths[triples[0]] == lengths[triples[-1]]))
+    return work.result()
 
 
-def _head_blocks(tile_counts: Tensor, token_counts: Tensor, block_k: int) -> list[tuple[slice, slice]]:
-    """(batch, head) slices to run together: all at once when their lists are about equally long, else one by one."""
-    keys = tile_counts * block_k + token_counts
-    longest = int(tile_counts.max()) * block_k + int(token_counts.max())
-    if longest == 0 or float(keys.float().mean()) >= RAGGED * longest:
-        return [(slice(None), slice(None))]
-    batch, heads = keys.shape
-    return [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(heads)]
+def _batches(lengths: Tensor, width: int) -> Iterator[Tensor]:
+    """Triples in order of length, cut where lengths differ too much or a batch would grow too large; empty lists are left out."""
+    order = torch.argsort(lengths, stable=True)
+    ordered = lengths[order].tolist()
+    begin = next((i for i, n in enumerate(ordered) if n), len(ordered))
+    while begin < len(ordered):
+        end = begin
+        while end < len(ordered) and ordered[end] <= SLACK * ordered[begin] and (end - begin + 1) * ordered[end] * width <= CHUNK:
+            end += 1
+        end = max(end, begin + 1)
+        yield order[begin:end]
+        begin = end
 
 
-def _key_ids(
-    s: Selection, tile: int, b: slice, h: slice, tile_counts: Tensor, token_counts: Tensor
-) -> tuple[Tensor, bool]:
-    """Key ids `(b, h, n)` int64 read by a query tile, and whether lists are padded (ids >= n_k are padding)."""
-    counts, singles = tile_counts[b, h, tile], token_counts[b, h, tile]
-    n_tiles, n_tokens = int(counts.max()), int(singles.max())
-    starts = s.starts[b, h, tile, :n_tiles].long()
-    ids = (starts.unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(-2)
-    ids = torch.cat([ids, s.tokens[b, h, tile, :n_tokens].long()], dim=-1) if n_tokens else ids
-    beyond = n_tiles > 0 and s.n_k % s.block_k != 0 or not s.aligned
-    return ids, beyond or bool((counts != n_tiles).any()) or bool((singles != n_tokens).any())
+@dataclass
+class _Work:
+    """q as tiles `(triples, rows, D)`, the lists `(B, H, Tq, ...)` they read, and the results so far."""
+
+    problem: Problem
+    lists: Selection
+    group: int
+    q: Tensor
+    keys: KeyRows
+    out: Tensor
+    lse: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Work:
+        s, q, layout = problem.selection, problem.q, problem.layout
+        assert s is not None
+        # lists shared by a group: its queries become rows of one tile, so keys are gathered once per key/value head
+        shared = layout.kv_heads % s.heads == 0
+        group = layout.group if shared else 1
+        lists = s.expand(q.shape[0], layout.kv_heads if shared else layout.query_heads)
+        padded = torch.nn.functional.pad(q, (0, 0, 0, s.tiles * s.block_q - s.n_q))
+        tiles = padded.unflatten(1, (lists.heads, group)).unflatten(3, (s.tiles, s.block_q))
+        tiles = tiles.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B*H*Tq, group*block_q, D)
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.full(tiles.shape[:2], -torch.inf, dtype=exact, device=q.device) if problem.return_lse else None
+        return cls(
+            problem=problem, lists=lists, group=group, q=tiles, out=q.new_zeros(*tiles.shape[:2], problem.v.shape[-1]), lse=lse,
+            keys=KeyRows(problem.k, problem.v, heads=lists.heads, group=1 if shared else layout.group),
+        )  # fmt: skip
+
+    @property
+    def rows_per_tile(self) -> int:
+        return self.q.shape[1]
+
+    def run(self, triples: Tensor, *, exact: bool) -> None:
+        """Attention of these query tiles; exact: their lists are equally long."""
+        s, problem = self.lists, self.problem
+        pairs = torch.div(triples, s.tiles, rounding_mode="floor")  # (batch, head)
+        ids, n_tokens = _key_ids(s, triples)
+        first = (triples % s.tiles) * s.block_q + s.offset
+        mask = _mask(ids, first, s, problem.q.dtype, exact)
+        k, v = self.keys.gather(ids, pairs)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.repeat(1, self.group, 1)
+        bias = _bias(problem, s, triples, ids, n_tokens, self.group)
+        part = attend_tile(
+            self.q[triples].unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), None if mask is None else mask.unsqueeze(1),
+            scale=problem.scale, softcap=problem.softcap, bias=None if bias is None else bias.unsqueeze(1),
+            return_lse=problem.return_lse,
+        )  # fmt: skip
+        out = part.out.squeeze(1)
+        if bool(_empty_rows_possible(ids, first, s)):
+            # a fused kernel leaves rows without a visible key undefined
+            rows = first[:, None] + torch.arange(s.block_q, device=ids.device).repeat(self.group)
+            smallest = ids.amin(-1, keepdim=True)
+            out = out.masked_fill((smallest > rows if s.causal else smallest >= s.n_k).unsqueeze(-1), 0.0)
+        self.out[triples] = out
+        if self.lse is not None and part.lse is not None:
+            self.lse[triples] = part.lse.squeeze(1)
+
+    def result(self) -> Partial:
+        s = self.lists
+
+        def untile(x: Tensor) -> Tensor:
+            x = x.unflatten(0, (s.batch, s.heads, s.tiles)).unflatten(3, (self.group, s.block_q))
+            return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : s.n_q]
+
+        return Partial(untile(self.out), None if self.lse is None else untile(self.lse))
 
 
-def _visible(ids: Tensor, ragged: bool, positions: Tensor | None, n_k: int) -> Tensor | None:
-    """`(b, h, rows, n)` bool, or None when every row sees every id."""
-    visible = None
-    if positions is not None and bool((ids > positions[0]).any()):
-        visible = ids.unsqueeze(-2) <= positions.unsqueeze(-1)
-    if ragged and bool((ids >= n_k).any()):
-        inside = (ids < n_k).unsqueeze(-2)
-        visible = inside if visible is None else visible & inside
-    return visible
+def _key_ids(s: Selection, triples: Tensor) -> tuple[Tensor, int]:
+    """Key ids `(P, n)` int64 of each triple, single tokens last (ids >= n_k are padding), and how many columns are tokens."""
+    n_tiles, n_tokens = (int(c.flatten()[triples].max()) for c in (s.start_counts, s.token_counts))
+    starts = s.starts.flatten(0, 2)[triples, :n_tiles].long()
+    ids = (starts.unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(1)
+    if n_tokens:
+        ids = torch.cat([ids, s.tokens.flatten(0, 2)[triples, :n_tokens].long()], dim=1)
+    return ids, n_tokens
 
 
-def _over_group(visible: Tensor | None, group: int) -> Tensor | None:
-    """Repeat per-position rows for the queries of a group, which are packed head-major."""
-    if visible is None or group == 1 or visible.shape[-2] == 1:
-        return visible
-    return visible.repeat(1, 1, group, 1)
+def _mask(ids: Tensor, first: Tensor, s: Selection, dtype: torch.dtype, exact: bool) -> Tensor | None:
+    """Additive mask `(P or 1, rows or 1, n)`, 0 or -inf; None when every row sees every key.
+
+    Only columns that some row can't see are filled in; where all triples look alike (whole tiles and the diagonal one last), one
+    mask serves them all.
+    """
+    limit = first.unsqueeze(-1) if s.causal else s.n_k - 1
+    columns = ((ids > limit) | (ids >= s.n_k)).any(0).nonzero().squeeze(-1)
+    if not len(columns):
+        return None
+    edge = ids[:, columns]
+    rows = torch.arange(s.block_q, device=ids.device)
+    if not s.causal:
+        visible = (edge < s.n_k).unsqueeze(1)
+    else:
+        relative = edge - first.unsqueeze(-1)
+        if exact and bool((relative == relative[:1]).all()) and bool((edge < s.n_k).all()):
+            relative = relative[:1]
+            visible = relative.unsqueeze(1) <= rows.unsqueeze(-1)
+        else:
+            visible = (relative.unsqueeze(1) <= rows.unsqueeze(-1)) & (edge < s.n_k).unsqueeze(1)
+    mask = torch.zeros(*visible.shape[:2], ids.shape[-1], dtype=dtype, device=ids.device)
+    mask[..., columns] = torch.zeros((), dtype=dtype, device=ids.device).masked_fill(~visible, -torch.inf)
+    return mask
 
 
-def _bias(
-    problem: Problem, s: Selection, tile: int, b: slice, h: slice, ids: Tensor, begin: int, end: int, group: int
-) -> Tensor | None:
-    """Additive terms `(b, h, rows of the tile, n)` for the gathered keys: the bias argument and the selection's log weights."""
+def _empty_rows_possible(ids: Tensor, first: Tensor, s: Selection) -> Tensor:
+    smallest = ids.amin(-1)
+    return (smallest > first).any() if s.causal else (smallest >= s.n_k).any()
+
+
+def _bias(problem: Problem, s: Selection, triples: Tensor, ids: Tensor, n_tokens: int, group: int) -> Tensor | None:
+    """Additive terms `(P, rows or 1, n)` for the gathered keys: the bias argument and the selection's log weights."""
     total: Tensor | None = None
     if s.log_weight is not None:
-        n_tokens = int(s.token_counts[b, h, tile].max())
-        total = torch.nn.functional.pad(s.log_weight[b, h, tile, :n_tokens], (ids.shape[-1] - n_tokens, 0)).unsqueeze(-2)
+        weight = s.log_weight.flatten(0, 2)[triples, :n_tokens]
+        # padding carries any weight: it is masked
+        total = torch.nn.functional.pad(weight, (ids.shape[-1] - n_tokens, 0)).unsqueeze(1)
     if problem.bias is None:
         return total
     batch, heads = problem.q.shape[:2]
-    bias = problem.bias.expand(batch, heads, -1, -1).unflatten(1, (-1, group))[b, h]
-    bias = bias[..., begin:end, :] if bias.shape[-2] > 1 else bias.expand(*bias.shape[:3], end - begin, -1)
+    pairs, tile = torch.div(triples, s.tiles, rounding_mode="floor"), triples % s.tiles
+    bias = problem.bias.expand(batch, heads, -1, -1).unflatten(1, (s.heads, group)).flatten(0, 1)
+    if bias.shape[-2] > 1:
+        bias = torch.nn.functional.pad(bias, (0, 0, 0, s.tiles * s.block_q - s.n_q)).unflatten(2, (s.tiles, s.block_q))
+        bias = bias.transpose(1, 2)[pairs, tile]  # (P, group, rows, keys)
+    else:
+        bias = bias[pairs].expand(-1, -1, s.block_q, -1)
     if bias.shape[-1] > 1:
-        index = ids.clamp(max=s.n_k - 1)[:, :, None, None, :].expand(*bias.shape[:4], -1)
-        bias = torch.gather(bias, -1, index)
-    bias = bias.flatten(2, 3)
+        bias = torch.gather(bias, -1, ids.clamp(max=s.n_k - 1)[:, None, None].expand(*bias.shape[:3], -1))
+    bias = bias.flatten(1, 2)
     return bias if total is None else bias + total

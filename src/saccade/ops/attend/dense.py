@@ -84,14 +84,16 @@ def _tiled(problem: Problem) -> Partial:
         last = n_k - n_q + end if problem.causal else n_k
         last = max(last, 1)
         rows = torch.arange(begin, end, device=q.device) + n_k - n_q
-        visible = keys[:last] <= rows[:, None] if problem.causal else None
+        mask = None
+        if problem.causal:
+            mask = torch.zeros(end - begin, last, device=q.device).masked_fill(keys[:last] > rows[:, None], -torch.inf)
         bias = problem.bias
         if bias is not None:
             bias = bias[:, :, begin:end] if bias.shape[2] > 1 else bias
             bias = bias[..., :last] if bias.shape[3] > 1 else bias
             bias = layout.to_groups(bias) if bias.shape[1] > 1 else bias.unsqueeze(2)
         part = attend_tile(
-            layout.to_groups(q[:, :, begin:end]), k[..., :last, :], v[..., :last, :], visible, scale=problem.scale,
+            layout.to_groups(q[:, :, begin:end]), k[..., :last, :], v[..., :last, :], mask, scale=problem.scale,
             softcap=problem.softcap, bias=bias, return_lse=True,
         )  # fmt: skip
         assert part.lse is not None

@@ -18,18 +18,18 @@ class KeyRows:
         kv_head = torch.arange(heads, device=k.device) // group
         self.sources = [_flat_rows(x, kv_head) for x in (k, v)]
 
-    def gather(self, ids: Tensor, b: slice, h: slice) -> tuple[Tensor, Tensor]:
-        """K and V rows for ids `(b, h, n)` (ids >= n_k give some row): `(b, h, n, D)` and `(b, h, n, Dv)`."""
+    def gather(self, ids: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V rows for ids `(P, n)` (ids >= n_k give some row) of (batch, list head) pairs `(P,)`: `(P, n, D)`, `(P, n, Dv)`."""
         ids = ids.clamp(max=self.n_k - 1)
         picked = []
         for flat, base, step in self.sources:
-            index = ids * step + base[b, h].unsqueeze(-1)
+            index = ids * step + base[pairs].unsqueeze(-1)
             picked.append(flat.index_select(0, index.flatten()).view(*ids.shape, flat.shape[-1]))
         return picked[0], picked[1]
 
 
 def _flat_rows(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor, int]:
-    """`(rows (R, D), first row of (batch, list head) int64, rows between neighbouring keys)` for x `(B, Hk, N, D)`."""
+    """`(rows (R, D), first row of each (batch, list head) pair int64, rows between neighbouring keys)` for x `(B, Hk, N, D)`."""
     batch, _, _, dim = x.shape
     strides = x.stride()
     if strides[3] != 1 or any(stride % dim for stride in strides[:3]) or strides[2] == 0:
@@ -38,4 +38,4 @@ def _flat_rows(x: Tensor, head: Tensor) -> tuple[Tensor, Tensor, int]:
     span = sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides[:3], strict=True)) // dim + 1
     flat = x.as_strided((span, dim), (dim, 1), x.storage_offset())
     base = torch.arange(batch, device=x.device)[:, None] * (strides[0] // dim) + head * (strides[1] // dim)
-    return flat, base, strides[2] // dim
+    return flat, base.flatten(), strides[2] // dim

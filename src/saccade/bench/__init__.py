@@ -1,0 +1,1 @@
+"""Kernel benchmarks: every figure is a ratio against dense attention measured in the same run."""

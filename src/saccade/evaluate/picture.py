@@ -1,0 +1,157 @@
+"""The attention of one prompt, pooled to small maps, and what each method selects of it: the viewer's data."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saccade.attach.capture import reading_session
+from saccade.core import Decode, LayerContext
+from saccade.evaluate.contenders import Contender
+from saccade.evaluate.replay import LayerReplay, probabilities
+
+LENGTH = 1024
+MAX_LAYERS = 8
+MAX_HEADS = 8
+DECADES = 4  # the map shows attention mass from 10^-4 to 1
+
+
+@torch.no_grad()
+def picture(
+    model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender], text: str
+) -> dict[str, Any]:
+    """The "attention" part of a result: one dense run over `ids`, pooled, and the keys that each contender reads or keeps.
+
+    prompt: where cache policies act (the end, or the end of the context in query-agnostic runs). text: the prompt's
+    beginning. At most MAX_LAYERS layers and MAX_HEADS heads of each, evenly spread. A contender that fails is left out.
+    """
+    pool = 8 if len(contenders) <= 5 else 16
+    length = len(ids) // pool * pool
+    layers: list[dict[str, Any]] = []
+    shown = [contender for contender in contenders if not contender.dense]
+    shared: dict[str, dict[int, dict[str, Any]]] = {contender.spec: {} for contender in shown}
+    failed: set[str] = set()
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    chosen = set(_spread(count, MAX_LAYERS))
+
+    def draw(ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        masks: dict[str, Tensor] = {}
+        for contender in shown:
+            if contender.spec not in failed:
+                try:
+                    replay = LayerReplay(ctx, q, k, v, contender, shared[contender.spec])
+                    masks[contender.spec] = _selected(replay, contender, min(prompt, length), length, pool)
+                except Exception:  # the rows of this method say what is wrong with it
+                    failed.add(contender.spec)
+        if ctx.layer in chosen:
+            layers.append(_layer(ctx, q[:, :, :length], k[:, :, :length], masks, pool))
+
+    device = next(model.parameters()).device
+    with reading_session(model, draw):
+        model(input_ids=torch.tensor([list(ids[:length])], device=device), use_cache=False)
+    return {"prompt": text[:200], "length": length, "pool": pool, "layers": layers}
+
+
+def _selected(replay: LayerReplay, contender: Contender, prompt: int, length: int, pool: int) -> Tensor:
+    """Which keys each query reads: `(H, length, length)` bool before causality, H = 1, Hk or Hq.
+
+    Prefill: the selection that ran. Cache: the keys that were kept, the same for all queries (all keys after the prompt).
+    Decode: what the last query of each pooled row selects among the keys up to it. Combinations: what all parts leave.
+    """
+    mask = torch.ones(1, 1, length, dtype=torch.bool, device=replay.k.device)
+    if "prefill" in contender.methods or "cache" in contender.methods:
+        replay.feed(0, prompt)
+        selection = replay.ran(prompt)
+        if selection is not None:
+            coverage = selection.coverage()[0].repeat_interleave(selection.block_q, 1)[:, :prompt]
+            mask = torch.nn.functional.pad(coverage, (0, length - prompt, 0, length - prompt), value=True)
+    if "cache" in contender.methods:
+        replay.close()
+        held = torch.nn.functional.pad(replay.held(prompt), (0, length - prompt), value=True)
+        mask = _both(mask, held[:, None])
+    decode = contender.methods.get("decode")
+    if isinstance(decode, Decode):
+        mask = _both(mask, _steps(replay, decode, length, pool).repeat_interleave(pool, 1))
+    return mask.expand(-1, length, -1)
+
+
+def _steps(replay: LayerReplay, decode: Decode, length: int, pool: int) -> Tensor:
+    """Selections `(H, length / pool, length)` of the last query of each row, with an index that grows row by row."""
+    ctx = replay.ctx
+    context = LayerContext(
+        layer=ctx.layer, layers=ctx.layers, layout=ctx.layout, scale=ctx.scale, attend=ctx.attend, softcap=ctx.softcap,
+        rotary=ctx.rotary, plan=replay.runner.plans.get(decode.info.slug), seed=ctx.seed,
+    )  # fmt: skip
+    policy = decode.layer_policy(ctx.layer, ctx.layers)
+    rows = []
+    for begin in range(0, length, pool):
+        end = begin + pool
+        context.seen = end
+        shared = replay.shared.setdefault(-end, {})
+        context.shared = shared
+        if policy == "dense":
+            row = torch.ones(1, end, dtype=torch.bool, device=replay.k.device)
+        elif isinstance(policy, int):
+            row = shared["row", policy]
+        else:
+            decode.observe(context, replay.k[:, :, begin:end], replay.v[:, :, begin:end], begin)
+            row = decode.select(context, replay.q[:, :, end - 1 : end]).coverage()[0, :, 0]
+        shared["row", ctx.layer] = row
+        rows.append(torch.nn.functional.pad(row, (0, length - end)))
+    return torch.stack(rows, 1)
+
+
+def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int) -> dict[str, Any]:
+    """One layer's heads: maps, selections, mass and density."""
+    length, group = q.shape[2], q.shape[1] // k.shape[1]
+    size = length // pool
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    cells = _pooled(visible, pool)
+    heads = []
+    for head in _spread(q.shape[1], MAX_HEADS):
+        own = k[:, head // group : head // group + 1]
+        weights = probabilities(q[:, head : head + 1], own, 0, ctx.scale, ctx.softcap)[0]
+        selections, mass, density = {}, {}, {}
+        for spec, mask in masks.items():
+            read = mask[head * mask.shape[0] // q.shape[1]] & visible
+            selections[spec] = _bytes(_pooled(read, pool) / cells.clamp(min=1))
+            mass[spec] = float((weights * read).sum(-1).mean())
+            density[spec] = float(read.sum() / visible.sum())
+        heads.append({
+            "head": head, "kv_head": head // group, "map": _bytes(_log_scaled(_pooled(weights, pool) / pool)), "size": size,
+            "selections": selections, "mass": mass, "density": density,
+        })  # fmt: skip
+    return {"layer": ctx.layer, "heads": heads}
+
+
+def _pooled(x: Tensor, pool: int) -> Tensor:
+    """Sums over pool x pool tiles of a square matrix."""
+    return x.float().unflatten(0, (-1, pool)).sum(1).unflatten(1, (-1, pool)).sum(2)
+
+
+def _log_scaled(mass: Tensor) -> Tensor:
+    """A query's mean attention mass on a key tile, 10^-DECADES ... 1, to 0 ... 1."""
+    return (1 + mass.clamp(min=10.0**-DECADES).log10() / DECADES).clamp(0, 1)
+
+
+def _bytes(share: Tensor) -> str:
+    """Shares in [0, 1] as base64 of uint8, row by row."""
+    return base64.b64encode(bytes((share * 255).round().long().flatten().tolist())).decode("ascii")
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    """Keys in both masks `(H, rows, keys)`; heads are repeated to the greater number."""
+    heads = max(a.shape[0], b.shape[0])
+    return a.repeat_interleave(heads // a.shape[0], 0) & b.repeat_interleave(heads // b.shape[0], 0)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of range(count), evenly spread, the first and last included."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -1,0 +1,57 @@
+"""Shapes of sparse attention maps as key lists: local band, A-shape, vertical-slash, whole blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.core.tilemath import list_true
+from saccade.parts.lists import KeyLists, compact, outside, run_tiles
+from saccade.parts.slashes import slash_tiles
+
+
+def a_shape(initial: Tensor, local: Tensor, ends: Tensor, block: int, n_k: int) -> KeyLists:
+    """The first `initial` keys and each query's last `local` ones, itself included; int64 `(B, H)` each. All rows of a query tile
+    read what any of them needs.
+
+    ends `(Tq,)` as from `tile_ends`. The initial keys are tiles as far as they fill them, then single keys.
+    """
+    initial, local = (size.unsqueeze(-1) for size in torch.broadcast_tensors(initial, local))
+    last = ends.clamp(max=n_k)
+    whole = initial // block * block
+    near = torch.maximum(ends - block - local + 1, whole)
+    first = run_tiles(torch.zeros_like(near), torch.minimum(whole, last).expand_as(near), block, n_k)
+    starts = torch.cat([first, run_tiles(near, last.expand_as(near), block, n_k)], dim=-1).sort(-1).values
+    rest = whole.unsqueeze(-1) + torch.arange(block, device=ends.device)
+    keep = (rest < initial.unsqueeze(-1)) & (rest < torch.minimum(near, last).unsqueeze(-1))
+    return KeyLists(starts, compact(rest.expand(keep.shape), keep, n_k))
+
+
+def band_and_columns(columns: Tensor, width: int, ends: Tensor, block: int) -> KeyLists:
+    """Each query's last `width` keys, itself included, and chosen columns: bool `(B, H, n_k)`."""
+    n_k = columns.shape[-1]
+    begin = (ends - block - width + 1).clamp(min=0)
+    ids, counts = list_true(columns)
+    shape = (*columns.shape[:2], ends.shape[0])
+    starts = run_tiles(begin, ends.clamp(max=n_k), block, n_k).expand(*shape, -1)
+    # the band reaches from `begin` to the newest row, so what a tile lists beside it is the front part of one list
+    tokens = ids.unsqueeze(2).expand(*shape, -1)
+    return KeyLists(starts, torch.where(tokens < begin.view(-1, 1), tokens, n_k))
+
+
+def vertical_slash(columns: Tensor, offsets: Tensor, ends: Tensor, block: int) -> KeyLists:
+    """Chosen columns and chosen diagonals (offset = query position - key position), bool `(B, H, n_k)` each.
+
+    Diagonals become tiles, columns outside them stay single keys: nothing is listed twice.
+    """
+    n_k = columns.shape[-1]
+    starts = slash_tiles(offsets, ends, block)
+    ids, _ = list_true(columns)
+    return KeyLists(starts, outside(ids, starts, ends, block, n_k))
+
+
+def blocks(chosen: Tensor, block: int, n_k: int) -> KeyLists:
+    """Chosen blocks of keys of each query tile, bool `(B, H, Tq, ceil(n_k / block))`."""
+    ids, _ = list_true(chosen)
+    starts = (ids.long() * block).clamp(max=n_k).to(torch.int32)
+    return KeyLists(starts, starts.new_empty(*starts.shape[:3], 0))

@@ -1,0 +1,58 @@
+"""Every model family with every method: it equals dense when opened, or is refused with the right reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import saccade
+from tests.contract.harness import METHODS, SAME, attached, error, greedy, info, logits, opened, sparse, tokens
+from tests.contract.models import FAMILIES, tiny
+
+# (family, method) to the reason; "*" stands for every method
+REFUSED = {
+    ("mistral-sliding", "*"): "every layer of MistralForCausalLM is of kind sliding_attention",
+    ("deepseek-v3", "zipcache"): "caches one latent for all heads",
+    ("deepseek-v3", "streaming-llm"): "latent",
+    ("gpt2", "streaming-llm"): "rotary",
+}
+
+
+@pytest.mark.parametrize("slug", sorted(METHODS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attached_or_refused(family: str, slug: str) -> None:
+    model = tiny(family, torch.float64)
+    reason = REFUSED.get((family, slug), REFUSED.get((family, "*")))
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason), attached(sparse(slug), family):
+            greedy(model, tokens(2, 70), 4)
+        assert model.config._attn_implementation != "saccade"
+        return
+    ids = tokens(2, 70)
+    ids[0, :9] = 0
+    mask = (ids > 0).long()
+    dense = greedy(model, ids, 6, attention_mask=mask)
+    implementation = model.config._attn_implementation
+    with attached(opened(slug), family):
+        assert torch.equal(greedy(model, ids, 6, attention_mask=mask), dense)
+    with attached(sparse(slug), family) as handle:
+        assert greedy(model, ids, 6, attention_mask=mask).shape == dense.shape
+        assert len(handle.stats().kept) == len(handle.managed)
+    assert model.config._attn_implementation == implementation
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mistral-sliding"])
+def test_attached_without_methods_equals_dense(family: str) -> None:
+    model, ids = tiny(family, torch.float64), tokens(2, 75)
+    plain = logits(model, ids, steps=3)
+    # transformers' eager attention, which Gemma-2 needs, takes its softmax in float32
+    same = 1e-4 if family == "gemma2" else SAME
+    with saccade.attach(model):
+        assert error(logits(model, ids, steps=3), plain) < same
+        assert error(logits(model, ids, chunks=[30, 42, 3]), plain) < same
+    assert error(logits(model, ids, steps=3), plain) == 0
+
+
+def test_every_method_names_its_phase() -> None:
+    assert {info(slug).phase for slug in METHODS} <= {"prefill", "decode", "cache"}
