@@ -210,7 +210,8 @@ def test_prompt_lookup(slug: str) -> None:
         assert torch.equal(greedy(model, ids, 16, prompt_lookup_num_tokens=5), greedy(model, ids, 16))
     with attached(sparse(slug)):
         guessed = greedy(model, ids, 16, prompt_lookup_num_tokens=5)
-        if phase_of(slug) != "cache":
+        # guesses ride on the prompt's call, so what is exact in chunks is exact here
+        if phase_of(slug) != "cache" and "chunked" not in info(slug).opts_out:
             assert torch.equal(guessed, greedy(model, ids, 16))
         assert guessed.shape == (1, 96)
 

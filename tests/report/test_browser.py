@@ -274,6 +274,8 @@ def test_hostile_names_do_nothing_but_show_and_modes_switch_together(visit, make
     methods = [fake("dense"), fake(hostile, 0.5)]
     made = make_result(methods=methods, tasks=("needle", hostile), lengths=(1024,), layers=(0,), modes=("aware", "any"))
     made["rows"][-1] |= {"status": "failed", "error": hostile}
+    for row in made["rows"]:
+        row["decode_ms"] = None
     seen = visit(made)
     for part in ("#quality .point", "#tasks .point", "#attention canvas", "#fidelity .point"):
         look_at(seen.page, part)
@@ -281,6 +283,13 @@ def test_hostile_names_do_nothing_but_show_and_modes_switch_together(visit, make
     assert seen.page.evaluate("window.hit === undefined && !document.querySelector('img')")
     assert seen.page.locator(f"text={hostile}").count() > 0
     assert hostile[:12] in seen.page.inner_html("#scatter").replace("&lt;", "<").replace("&gt;", ">")
+    seen.page.check('input[name="Cost"][value="decode_ms"]')
+    assert "No method has both" in seen.page.inner_text("#scatter")
+    seen.page.check('input[name="Cost"][value="cache"]')
+    assert seen.page.locator(MARKS).count() == 2 and "No method" not in seen.page.inner_text("#scatter")
+    seen.page.locator(MARKS).last.click(force=True)
+    assert seen.page.locator(SHOWN_ROWS).count() == 2
+    seen.page.click("#clear")
     assert seen.page.locator(SHOWN_ROWS).count() == 4
     seen.page.check('input[name="Mode"][value="any"]')
     assert seen.page.locator(f'{SHOWN_ROWS}[data-mode="any"]').count() == seen.page.locator(SHOWN_ROWS).count() == 4

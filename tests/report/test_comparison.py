@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from saccade.report import comparison, render_page, write_page
+from saccade.report.palette import contrast
 
 HOSTILE = "<script>alert(1)</script>&\"'</style>{{ 7*7 }}"
 VOID = {"meta", "input", "br", "wbr", "img", "link", "hr"}
@@ -67,6 +68,18 @@ def test_the_page_is_whole_and_asks_the_network_for_nothing(small_result):
     assert policy.startswith("default-src 'none';") and "http" not in policy
     styles = re.findall(r"<style>(.*?)</style>", render_page(small_result), re.S)
     assert "@import" not in styles[0] and "url(" not in styles[0]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_is_readable_in_both_themes(theme, small_result):
+    block = render_page(small_result).split(f"color-scheme: {theme};")[1].split("}")[0]
+    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+    for paper in ("page", "panel", "soft"):
+        for ink in ("ink", "muted", "accent", "bad"):
+            assert contrast(colour[ink], colour[paper]) >= 4.5, (ink, paper)
+    assert contrast(colour["on-accent"], colour["accent"]) >= 4.5
+    assert contrast(colour["bad"], colour["bad-soft"]) >= 4.5
+    assert contrast(colour["look-random"], colour["panel"]) >= 3.0
 
 
 def test_sections_come_in_order(small_result):

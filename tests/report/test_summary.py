@@ -87,7 +87,7 @@ def test_failures_are_counted_and_the_first_is_told():
     failed = row("quest", None, status="failed", error="out of memory", task="copy")
     lines = told(DENSE, failed)
     assert "1 of 2 cells failed, in quest. First: copy at 4,096 tokens: out of memory." in lines
-    assert "All 1 cells ran." in told(DENSE)
+    assert "The one cell ran." in told(DENSE)
 
 
 def test_many_failed_methods_are_counted_not_listed():

@@ -83,6 +83,13 @@ class LayerRunner:
         first = layer.seen == call.q.shape[2]
         phase = "prefill" if first or call.q.shape[2] > STEP_QUERIES else "decode"
         ctx = self._context(call, row, layer, seen=layer.seen, phase=phase)
+        method = self.decode if phase == "decode" else self.prefill
+        if method is not None and row is not None and segments and not any(s.encoded for s in segments):
+            # a method picks single entries, so ragged storage is laid out as one rectangle for it (a copy)
+            joined = layer.open(row)
+            if joined.valid is not None:
+                raise ValueError(f"{method.info.slug} needs heads that hold equally many entries, which this cache policy does not keep")
+            k, v, segments = joined.keys, joined.values, []
         if phase == "decode":
             out = self._few(ctx, layer, q, k, v, segments, row)
         else:
@@ -134,8 +141,9 @@ class LayerRunner:
             end = n - m + i + 1
             selection = self._step_selection(ctx, layer, q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], row)
             part = decode(
-                q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], selection, scale=ctx.scale, softcap=ctx.softcap
-            )
+                q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], selection, scale=ctx.scale, softcap=ctx.softcap,
+                impl="reference" if self.impl == "reference" else "auto",
+            )  # fmt: skip
             self._count(self.stats.decode, selection, 1, end, ctx.seen - m + i + 1)
             outs.append(part.out)
         return torch.cat(outs, dim=2)

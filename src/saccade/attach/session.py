@@ -18,7 +18,8 @@ from saccade.attach.models import attention_modules, check_methods, managed_laye
 from saccade.attach.rotary import rotary_of
 from saccade.attach.stats import LayerStats, Stats, summarise
 from saccade.cache import KVLayer
-from saccade.core import CachePolicy, Decode, Method, Plan, Prefill
+from saccade.core import CachePolicy, Decode, Plan, Prefill
+from saccade.ops.attend import IMPLEMENTATIONS
 
 NAME = "saccade"
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -44,6 +45,8 @@ class Session:
             plan.check_model(model)
         if when not in ("prompt", "call"):
             raise ValueError(f"when={when!r} is not 'prompt' (compress once the prompt has ended) or 'call' (after every call)")
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         layers = int(text_config(model).num_hidden_layers)
         self._runners = {
             index: LayerRunner(

@@ -40,7 +40,7 @@ class KVLayer(CacheLayerMixin):
         self.seen = 0
         self.states = States()
         self.pending = 0  # tokens of a prompt that a cache policy has not acted on yet
-        self._padding: list[int] = []  # padding tokens seen per batch row, empty when there were none
+        self._padding: list[list[int]] = []  # places of padding per batch row, empty when there was none
         self._incoming: Tensor | None = None
         self.is_initialized = False
 
@@ -99,8 +99,8 @@ class KVLayer(CacheLayerMixin):
         real, self._incoming = self._incoming, None
         if real is not None:
             self.states.split(key_states.shape[0])
-            missing = (~real).sum(-1).tolist()
-            self._padding = [a + b for a, b in zip(self._padding or [0] * len(missing), missing, strict=True)]
+            missing = [(self.seen + (~row).nonzero().flatten()).tolist() for row in real]
+            self._padding = [a + b for a, b in zip(self._padding or [[]] * len(missing), missing, strict=True)]
         positions = torch.arange(self.seen, self.seen + m, device=key_states.device, dtype=torch.int32)
         self.tail.append(key_states, value_states, positions, real)
         self.seen += m
@@ -127,6 +127,7 @@ class KVLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}) is not supported: give the number of tokens to remove as a negative number")
         removed = min(int(-tokens_to_remove), self.seen)
         self.seen -= removed
+        self._padding = [[place for place in row if place < self.seen] for row in self._padding]
         if removed and self.tail is not None:
             if removed <= self.tail.fresh:
                 self.tail.truncate(self.tail.n - removed)
@@ -201,7 +202,7 @@ class KVLayer(CacheLayerMixin):
 
     def real_seen(self, row: int) -> int:
         """Tokens of one row so far, padding not counted."""
-        return self.seen - self._padding[row] if self._padding else self.seen
+        return self.seen - len(self._padding[row]) if self._padding else self.seen
 
     def tail_row(self, row: int) -> Rectangle:
         """The tail's entries of one batch row, `(1, H, n, ...)`, padding left out."""
@@ -242,6 +243,9 @@ class KVLayer(CacheLayerMixin):
                 self.tail.set_side(opened[0][1].side_changes)
                 return
             if not any(slots.side_changes for _, slots in opened):
+                return
+            if self.plain:
+                self.tail.set_side_by_row([slots.side_changes for _, slots in opened])
                 return
         rows = [slots.rectangle for _, slots in opened]
         self.segments = [s for s in self.segments if not isinstance(s, PackedSegment)]

@@ -101,14 +101,18 @@ class PackedSegment(Segment):
     def pack(cls, rows: list[Rectangle]) -> PackedSegment:
         """From one rectangle per batch row (each with batch size 1), dropping what is not valid."""
         offsets, keys, values = [0], [], []
-        side: dict[str, list[Tensor]] = {name: [] for name in rows[0].side}
+        dtypes = {name: x.dtype for row in rows for name, x in row.side.items()}
+        side: dict[str, list[Tensor]] = {name: [] for name in dtypes}
         for row in rows:
+            # a row that a policy has not met yet lacks its side arrays: 0, as for new entries
+            given = {name: row.side.get(name, row.side["positions"].new_zeros(1, dtype=dtypes[name])) for name in side}
+            given = {name: x.expand(row.side["positions"].shape) for name, x in given.items()}
             for head in range(row.keys.shape[1]):
                 kept = slice(None) if row.valid is None else row.valid[0, head]
                 keys.append(row.keys[0, head][kept])
                 values.append(row.values[0, head][kept])
                 for name, pieces in side.items():
-                    pieces.append(row.side[name][0, head][kept])
+                    pieces.append(given[name][0, head][kept])
                 offsets.append(offsets[-1] + keys[-1].shape[0])
         packed = {name: torch.cat(pieces) for name, pieces in side.items()}
         return cls(torch.cat(keys), torch.cat(values), packed, offsets, rows[0].keys.shape[1])

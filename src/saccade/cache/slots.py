@@ -85,7 +85,8 @@ class Slots:
             raise ValueError("a layer that caches latents can't be encoded entry by entry")
         self.side = {name: x[:, :, n:].clone() for name, x in self.side.items()}
         keys, values = self._stored.keys[:, :, n:].clone(), self._stored.values[:, :, n:].clone()
-        self._stored = Rectangle(keys, values, self.side, None)
+        left = None if self.valid is None else self.valid[:, :, n:]
+        self._stored = Rectangle(keys, values, self.side, None if left is None or bool(left.all()) else left)
         self.keys, self.values = keys, values
         self.sealed.append(segment)
         self.moved = True

@@ -61,6 +61,17 @@ class Tail:
         """Add or replace side arrays."""
         self._side.update({name: Growing(x) for name, x in changed.items()})
 
+    def set_side_by_row(self, changed: list[dict[str, Tensor]]) -> None:
+        """The same from one set of arrays `(1, H, n)` per batch row, without its padding; what a row does not give stays, or is 0."""
+        names = {name: x.dtype for row in changed for name, x in row.items()}
+        for name, dtype in names.items():
+            old = self._side.get(name)
+            full = torch.zeros_like(self.side["positions"], dtype=dtype) if old is None else old.view.to(dtype, copy=True)
+            for b, row in enumerate(changed):
+                if name in row:
+                    full[b, :, slice(None) if self.real is None else self.real[b]] = row[name][0]
+            self._side[name] = Growing(full)
+
     def truncate(self, n: int) -> None:
         for x in (self._keys, self._values, *self._side.values(), *([] if self._real is None else [self._real])):
             x.truncate(n)

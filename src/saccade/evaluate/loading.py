@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,9 +29,8 @@ def load_model(
     if name == "pocket":
         from saccade.models.pocket import pocket
 
-        return pocket(dtype=None if dtype is None else DTYPES[dtype], device=place)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        with _quiet():
+            return pocket(dtype=None if dtype is None else DTYPES[dtype], device=place)
     path = Path(name).expanduser()
     local = path.exists()
     if local and not (path / "config.json").is_file():
@@ -38,13 +40,26 @@ def load_model(
     source = str(path) if local else name
     options: dict[str, Any] = {"local_files_only": local or offline}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else DTYPES[dtype], **options)
+        with _quiet() if local or offline else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else DTYPES[dtype], **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "from its folder" if local else "from the local cache" if offline else "from the hub"
         advice = "check the folder" if local else "check the name and the network, or give the folder of a saved model"
         raise ValueError(f"the model {name!r} can't be loaded {where} ({_first_sentence(error)}): {advice}") from None
     return model.to(place).eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers: reading files from the disk takes a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _device(device: str | None) -> torch.device:

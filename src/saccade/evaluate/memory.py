@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ class Peak:
 
     On a GPU: torch's allocated bytes. On a CPU: the resident size of the process, whose high-water mark is reset at the
     start and whose free pages are first given back to the system; so spare room that an allocator keeps from earlier work
-    is not hidden. None where the system does not allow that (anything but Linux, or a locked-down container).
+    is not hidden. Collect garbage before. None where the system does not allow that (anything but Linux, or a locked-down container).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +26,6 @@ class Peak:
         self._base: int | None = None
 
     def start(self) -> None:
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

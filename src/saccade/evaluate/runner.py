@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -89,13 +90,7 @@ def compare(
     A cell that fails is recorded with its reason and the rest goes on. Raises ValueError, before anything runs, on unknown
     methods or tasks, lengths below a task's minimum, numbers out of range and files that can't be written.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown: use aware (the question is compressed too) or agnostic (it comes after)")
-    for what, value in (("samples", samples), *(("each length", length) for length in lengths)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
-    if not tasks or not lengths:
-        raise ValueError("nothing to run: give at least one task and one length")
+    check_settings(tasks, lengths, samples, mode)
     spot = Spot(model, Codec(tokenizer), text_grammar(text), "aware" if mode == "aware" else "agnostic", seed, samples)
     chosen = list({spec_of(task): task for task in map(build, tasks)}.values())
     lengths = sorted(set(lengths))
@@ -172,6 +167,19 @@ def compare(
     return result
 
 
+def check_settings(tasks: Sequence[str | Task], lengths: Sequence[int], samples: int, mode: str) -> None:
+    """Raise ValueError for settings that no model could run."""
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown: use aware (the question is compressed too) or agnostic (it comes after)")
+    for what, value in (("samples", samples), *(("each length", length) for length in lengths)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
+    if not tasks or not lengths:
+        raise ValueError("nothing to run: give at least one task and one length")
+    for task in tasks:
+        build(task)
+
+
 def _take_over(result: dict[str, Any], old: dict[str, Any], path: str | Path) -> None:
     """Rows and maps of an earlier file move into `result`, when its settings allow it."""
     results.check_resumable(old, result, path)
@@ -225,6 +233,7 @@ def _cell(
     meter = Peak(device)
     outcomes: list[Outcome] = []
     peaks: list[int | None] = []
+    gc.collect()
     try:
         if contender.broken:
             raise ValueError(contender.broken)

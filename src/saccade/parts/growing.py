@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STEP = 64  # entries of room made at a time: what a buffer may hold beyond its content
+STEP = 64  # entries of room made at a time, at least
+SHARE = 64  # and one for so many entries held, so that copying costs at most SHARE entries for each one added
 
 
 class Growing:
-    """`(B, H, n, ...)` growing along axis 2. `view` is the content; the buffer behind it has room for the next entries."""
+    """`(B, H, n, ...)` growing along axis 2. `view` is the content; the buffer behind it has room for more entries."""
 
     def __init__(self, content: Tensor, room: int = 0) -> None:
         self.n = content.shape[2]
@@ -29,7 +30,7 @@ class Growing:
     def _reserve(self, wanted: int) -> None:
         if wanted <= self._buffer.shape[2] and self._buffer.is_contiguous():
             return
-        room = max(wanted, self.n) + STEP
+        room = max(wanted, self.n) + max(STEP, wanted // SHARE)
         shape = (*self._buffer.shape[:2], room, *self._buffer.shape[3:])
         bigger = self._buffer.new_empty(shape)
         bigger[:, :, : self.n] = self.view
@@ -52,5 +53,6 @@ class Growing:
 
     def pick(self, indices: Tensor) -> Tensor:
         """Entries `indices (B, H, m)` of every row and head, `(B, H, m, ...)`, a copy."""
-        index = indices.reshape(*indices.shape, *(1,) * (self._buffer.ndim - 3)).expand(*indices.shape, *self._buffer.shape[3:])
+        rest = self._buffer.shape[3:]
+        index = indices.reshape(*indices.shape, *(1,) * len(rest)).expand(*indices.shape, *rest)
         return torch.gather(self.view, 2, index)

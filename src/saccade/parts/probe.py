@@ -28,13 +28,16 @@ def row_probabilities(q: Tensor, k: Tensor, rows: Tensor, *, scale: float, softc
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     n_k, kv_heads = k.shape[2], k.shape[1]
     # the queries of a group become rows over their key/value head: keys are not repeated
-    picked = q[:, :, rows].to(exact).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    logits = (picked @ k.to(exact).mT).unflatten(2, (-1, rows.shape[0])).flatten(1, 2).mul_(scale)
+    picked = (q[:, :, rows].to(exact) * scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    logits = (picked @ k.to(exact).mT).unflatten(2, (-1, rows.shape[0])).flatten(1, 2)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     positions = rows + n_k - q.shape[2]
-    future = torch.arange(n_k, device=q.device) > positions.unsqueeze(-1)
-    return torch.softmax(logits.masked_fill_(future, -torch.inf), dim=-1)
+    # every row sees the keys up to the first row's position
+    first = int(positions.min()) + 1 if rows.numel() else n_k
+    future = torch.arange(first, n_k, device=q.device) > positions.unsqueeze(-1)
+    logits[..., first:].masked_fill_(future, -torch.inf)
+    return torch.softmax(logits, dim=-1)
 
 
 def column_mass(q: Tensor, k: Tensor, rows: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:

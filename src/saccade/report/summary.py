@@ -173,7 +173,7 @@ def _floor(chart: Chart) -> Iterable[Finding]:
 def _failures(rows: Sequence[Row]) -> Iterable[Finding]:
     failed = [row for row in rows if row["status"] == "failed"]
     if not failed:
-        yield Finding("good", (f"All {len(rows)} cells ran.",))
+        yield Finding("good", ("The one cell ran." if len(rows) == 1 else f"All {len(rows)} cells ran.",))
         return
     methods = list(dict.fromkeys(row["method"] for row in failed))
     first = failed[0]

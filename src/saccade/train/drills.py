@@ -24,7 +24,6 @@ from saccade.train.exams import (
 from saccade.train.pieces import PLAIN, STATED, TEMPLATE, Event, Piece, piece, size, weave
 from saccade.train.text import Grammar
 
-LONGEST_CHAIN = 400  # bytes of four lines and their questions
 AT_THE_END = 0.35  # share of the questions that are asked at the end of the sequence
 
 
@@ -111,7 +110,7 @@ def copy(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
 
 
 def variables(grammar: Grammar, rng: Random, n: int, letters: Sequence[int] = (4,)) -> list[Piece]:
-    """Chains of 1 to 3 hops in 10% to 90% of the sequence; the value is asked for after any of the hops.
+    """Chains of 1 to 3 hops in 15% to 100% of the sequence, mostly much; the value is asked for after any of the hops.
 
     All names of a sequence have one length, out of `letters`: following a chain is far easier to learn with names of
     one letter, and carries over to longer ones. The lines are placed in one of three ways: as in the exam, in order,
@@ -119,29 +118,33 @@ def variables(grammar: Grammar, rng: Random, n: int, letters: Sequence[int] = (4
     """
     drill = _Drill(rng)
     length = rng.choice(letters)
-    limit = min(len(t.NAME_LETTERS) ** length * 3 // 4, n)
-    room = rng.uniform(0.1, 0.9) * n
+    limit = len(t.NAME_LETTERS) ** length * 3 // 4
+    room = (1 - 0.85 * rng.random() ** 2) * n
     style = rng.choice(("exam", "exam", "ordered", "anywhere"))
-    at_once = rng.choice((0.0, 0.0, 0.4, 1.0))
+    at_once = rng.choice((0.0, 0.0, 0.5, 1.0))
     taken: set[str] = set()
-    while not drill.events or (drill.used < min(room, n - LONGEST_CHAIN) and len(taken) + 4 <= limit):
+    while len(taken) + 4 <= limit:
         hops = rng.randint(1, 3)
         names = [grammar.name(rng, length) for _ in range(hops + 1)]
         if len({*names} - taken) <= hops:
             continue
         taken |= {*names}
         value = grammar.number(rng)
+        lines = [piece(line, TEMPLATE) for line in chain_lines(names, value)]
+        asked = {
+            hop: variable_ask(names[hop], value, tag=hop if length == 4 else hop + 4)
+            for hop in range(hops + 1)
+            if rng.random() < (0.8 if hop else 0.3)
+        }
+        if drill.events and drill.used + size(lines) + sum(map(size, asked.values())) > room - SMALLEST_HAYSTACK:
+            break
         depths = noisy_depths(rng, hops + 1) if style == "exam" else [rng.random() for _ in names]
         if style == "ordered":
             depths.sort()
-        for hop, line in enumerate(chain_lines(names, value)):
-            pieces = [piece(line, TEMPLATE)]
+        for hop, line in enumerate(lines):
             known = max(depths[: hop + 1])  # where the last of the lines that the answer needs stands
-            if rng.random() < (0.3 if hop == 0 else 0.8):
-                asked = variable_ask(names[hop], value, tag=hop if length == 4 else hop + 4)
-                if known == depths[hop] and rng.random() < at_once:
-                    pieces += asked
-                else:
-                    drill.ask(known, asked)
-            drill.state(depths[hop], pieces)
+            follows = hop in asked and known == depths[hop] and rng.random() < at_once
+            drill.state(depths[hop], [line, *(asked[hop] if follows else [])])
+            if hop in asked and not follows:
+                drill.ask(known, asked[hop])
     return drill.finish(grammar, n)

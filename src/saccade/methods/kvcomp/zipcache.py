@@ -49,7 +49,7 @@ class ZipCache(CachePolicy):
 
     info = Info(
         slug="zipcache", phase="cache", needs=frozenset({"queries"}), frees_memory=True, append_only=False, encodes=True,
-        opened={"salient_bits": RAW, "other_bits": RAW}, tiny={"salient_bits": 4, "other_bits": 2, "other_share": 0.4},
+        opened={"salient_bits": RAW, "other_bits": RAW}, tiny={"interval": 8},
         opts_out={"stepwise": "encodes when the prompt ends, which a prompt fed token by token never shows"},
     )  # fmt: skip
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import replace
 
-from saccade.core import HeadLayout, Partial, Selection
+from saccade.core import Partial
 from saccade.ops.attend import cpu as gathering
 from saccade.ops.attend import dense
 from saccade.ops.attend.problem import Problem
 from saccade.ops.decode import single
 
 
-def rectangle(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, scale: float, softcap: float | None, return_lse: bool
-) -> Partial:
-    whole = selection is None or (q.shape[2] == 1 and single.covers_all(selection))
-    problem = Problem(
-        q=q, k=k, v=v, selection=None if whole else selection, causal=False, scale=scale, softcap=softcap, bias=None,
-        return_lse=return_lse, layout=HeadLayout.of(q, k, v),
-    )  # fmt: skip
-    if whole:
+def rectangle(problem: Problem) -> Partial:
+    """Attention over a rectangular cache, as `problem` says."""
+    s = problem.selection
+    if s is None:
         return dense.attend(problem)[1]
-    return single.attend(problem) if single.takes(problem) else gathering.attend(problem)
+    if s.n_q != 1:
+        return gathering.attend(problem)
+    ends = single.Ends.of(s)
+    if single.covers_all(s, ends):
+        return dense.attend(replace(problem, selection=None))[1]
+    return single.attend(problem, ends) if single.takes(problem, ends) else gathering.attend(problem)

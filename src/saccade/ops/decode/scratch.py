@@ -1,7 +1,8 @@
 """Buffers that outlive a call.
 
-On a CPU, large temporaries come as fresh pages from the system and go back to it at once; a page fault every 4 KB can cost several
-times the copy that the memory is for. A thread therefore keeps one buffer for each purpose. On other devices torch keeps memory itself.
+On a CPU, large temporaries come as fresh pages from the system and go back to it at once; a page fault every 4 KB
+can cost several times the copy that the memory is for. A thread therefore keeps one buffer for each purpose. On
+other devices torch itself keeps memory.
 """
 
 from __future__ import annotations

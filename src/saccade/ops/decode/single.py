@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,80 +13,84 @@ from saccade.ops.attend.problem import Problem
 from saccade.ops.decode.scratch import as_exact, scratch
 
 RAGGED = 0.75  # below this filling of the padded lists, padding costs more than running the heads one by one
-CHUNK = 4 << 20  # bytes of keys gathered at a time, unless one list has more: they are read again while still in cache
+CHUNK = 4 << 20  # bytes of keys gathered at a time, unless one list has more: they are read again while still in
+cache
 
 
-def takes(problem: Problem) -> bool:
-    """Whether `attend` below is the right way: one query, no gradients, lists of about one length, a tile of keys or more."""
+class Ends(NamedTuple):
+    """The greatest last entry of the lists' tile starts and of their single keys, -1 where there are none.
+
+    Lists are sorted and hold n_k past their counts, so an end of n_k says that some list is shorter than others.
+    """
+
+    start: int
+    token: int
+
+    @classmethod
+    def of(cls, s: Selection) -> Ends:
+        return cls(*(int(ids[..., -1].max()) if ids.shape[-1] else -1 for ids in (s.starts, s.tokens)))
+
+
+def covers_all(s: Selection, ends: Ends) -> bool:
+    """Whether the lists name every key of a cache, told from their lengths alone."""
+    if s.log_weight is not None or max(ends) >= s.n_k:
+        return False
+    tiles = s.starts.shape[-1] * s.block_k
+    return s.aligned if tiles >= s.n_k else tiles == 0 and s.tokens.shape[-1] == s.n_k
+
+
+def takes(problem: Problem, ends: Ends) -> bool:
+    """Whether `attend` below is the right way: one query, no gradients, lists of about one length, a tile of keys."""
     s = problem.selection
     assert s is not None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v))
-    tiles, singles = s.starts.shape[-1], s.tokens.shape[-1]
-    if problem.q.shape[2] != 1 or needs_grad or tiles + singles == 0 or (tiles and s.n_k < s.block_k):
+    longest = s.starts.shape[-1] * s.block_k + s.tokens.shape[-1]
+    if problem.q.shape[2] != 1 or needs_grad or longest == 0 or (ends.start >= 0 and s.n_k < s.block_k):
         return False
-    if not _unfilled(s.starts, s.n_k) and not _unfilled(s.tokens, s.n_k):
+    if max(ends) < s.n_k:
         return True
-    return float((s.start_counts * s.block_k + s.token_counts).float().mean()) >= RAGGED * (tiles * s.block_k + singles)
+    return float((s.start_counts * s.block_k + s.token_counts).float().mean()) >= RAGGED * longest
 
 
-def covers_all(s: Selection) -> bool:
-    """Whether the lists name every key of a non-empty cache, told from their lengths alone."""
-    if s.log_weight is not None or s.n_k == 0:
-        return False
-    tiles = s.starts.shape[-1] * s.block_k
-    if tiles >= s.n_k:
-        return s.aligned and not _unfilled(s.starts, s.n_k)
-    return tiles == 0 and s.tokens.shape[-1] == s.n_k and not _unfilled(s.tokens, s.n_k)
-
-
-def attend(problem: Problem) -> Partial:
+def attend(problem: Problem, ends: Ends) -> Partial:
     """Attention of q `(B, Hq, 1, D)` over `problem.selection`; float32 arithmetic (float64 for float64 inputs)."""
     s, q, layout = problem.selection, problem.q, problem.layout
     assert s is not None
-    batch = q.shape[0]
+    batch, heads, _, dim = q.shape
     # lists shared by a group: its queries become rows over the same gathered keys
-    lists = layout.kv_heads if layout.kv_heads % s.heads == 0 else layout.query_heads
+    lists = layout.kv_heads if layout.kv_heads % s.heads == 0 else heads
     starts, tokens = _spread(s.starts, batch, lists), _spread(s.tokens, batch, lists)
     weight = None if s.log_weight is None else _spread(s.log_weight, batch, lists).unsqueeze(1)
-    sources = KeyRows(problem.k, problem.v, heads=lists, group=lists // layout.kv_heads).sources
+    k_source, v_source = KeyRows(problem.k, problem.v, heads=lists, group=lists // layout.kv_heads).sources
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = q.reshape(batch * lists, -1, q.shape[-1]).to(exact)
-    listed = starts.shape[-1] * s.block_k + tokens.shape[-1]
-    step = max(1, CHUNK // (listed * q.shape[-1] * exact.itemsize))
-    real = _real(starts, tokens, s)
-    parts = []
-    for part in (slice(begin, begin + step) for begin in range(0, batch * lists, step)):
-        k = _gather(sources[0], starts[part], tokens[part], part, s, exact)
+    rows = q.reshape(batch * lists, heads // lists, dim).to(exact)
+    singles_from = starts.shape[-1] * s.block_k
+    step = max(1, CHUNK // ((singles_from + tokens.shape[-1]) * dim * exact.itemsize))
+    real = _real(starts, tokens, s) if ends.start > s.n_k - s.block_k or ends.token >= s.n_k else None
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for begin in range(0, batch * lists, step):
+        part = slice(begin, begin + step)
+        k = _gather(k_source, starts[part], tokens[part], part, s, exact)
         logits = problem.logits(rows[part] @ k.mT)
         if weight is not None:
-            logits[..., starts.shape[-1] * s.block_k :] += weight[part]
+            logits[..., singles_from:] += weight[part]
         if real is not None:
             logits = logits.masked_fill(~real[part].unsqueeze(1), -torch.inf)
-        lse = torch.logsumexp(logits, dim=-1) if problem.return_lse else None
         weights = torch.softmax(logits, dim=-1)
         if real is not None or weight is not None:
             # a head without any key is 0 by policy, where softmax over nothing gives nan
             weights = weights.masked_fill(logits == -torch.inf, 0.0)
         # the buffer that held the keys gets the values
-        v = _gather(sources[1], starts[part], tokens[part], part, s, exact)
+        v = _gather(v_source, starts[part], tokens[part], part, s, exact)
         if real is not None:
             _blank(v, real[part])
-        parts.append((weights @ v, lse))
-    out, lse = (torch.cat(x) if len(x) > 1 else x[0] for x in ([p[0] for p in parts], [p[1] for p in parts]))
-    return Partial(
-        out.view(batch, layout.query_heads, 1, -1).to(q.dtype), None if lse is None else lse.view(batch, layout.query_heads, 1)
-    )
-
-
-def _blank(v: Tensor, real: Tensor) -> None:
-    """Zero the rows that aren't listed: their weight is 0, but 0 times an infinity or nan that may stand there is nan."""
-    first = int(real.all(0).to(torch.uint8).argmin())  # mostly the last tile alone is short
-    v[:, first:].masked_fill_(~real[:, first:].unsqueeze(-1), 0.0)
-
-
-def _unfilled(ids: Tensor, n_k: int) -> bool:
-    """Whether some list is shorter than the longest: lists are sorted, so its last entry tells."""
-    return ids.shape[-1] > 0 and bool((ids[..., -1] >= n_k).any())
+        outs.append(weights @ v)
+        if problem.return_lse:
+            lses.append(torch.logsumexp(logits, dim=-1))
+    out, lse = (torch.cat(x) if len(x) > 1 else (x[0] if x else None) for x in (outs, lses))
+    assert out is not None
+    return Partial(out.view(batch, heads, 1, -1).to(q.dtype), None if lse is None else lse.view(batch, heads, 1))
 
 
 def _spread(x: Tensor, batch: int, lists: int) -> Tensor:
@@ -101,20 +107,20 @@ def _gather(
     """Rows `(lists of the part, M * block_k + M', D)` in dtype `exact`; entries past a count give some key."""
     flat, base, step = source
     base, dim = base.flatten()[part, None], flat.shape[-1]
-    split = starts.shape[-1] * s.block_k
-    out = scratch("rows", (len(base), split + tokens.shape[-1], dim), flat.dtype, flat.device)
-    if split:
+    singles_from = starts.shape[-1] * s.block_k
+    out = scratch("rows", (base.shape[0], singles_from + tokens.shape[-1], dim), flat.dtype, flat.device)
+    if singles_from:
         starts = starts.clamp(max=s.n_k - s.block_k)  # see _real
         if step == 1:
             # a tile is one run of memory, copied as one row of a view in which a run starts at every key
-            source_rows = flat.as_strided((len(flat) - s.block_k + 1, s.block_k * dim), (dim, 1), flat.storage_offset())
-            index, width = starts + base, s.block_k * dim
+            width = s.block_k * dim
+            runs = flat.as_strided((flat.shape[0] - s.block_k + 1, width), (dim, 1), flat.storage_offset())
+            _pick(runs, starts + base, out[:, :singles_from], width)
         else:
             ids = (starts.unsqueeze(-1) + torch.arange(s.block_k, device=starts.device)).flatten(-2)
-            source_rows, index, width = flat, ids * step + base, dim
-        _pick(source_rows, index, out[:, :split], width)
+            _pick(flat, ids * step + base, out[:, :singles_from], dim)
     if tokens.shape[-1]:
-        _pick(flat, tokens.clamp(max=s.n_k - 1) * step + base, out[:, split:], dim)
+        _pick(flat, tokens.clamp(max=s.n_k - 1) * step + base, out[:, singles_from:], dim)
     return as_exact(out, exact, "exact rows")
 
 
@@ -126,15 +132,19 @@ def _pick(rows: Tensor, index: Tensor, out: Tensor, width: int) -> None:
         out.copy_(rows.index_select(0, index.flatten()).view(out.shape))
 
 
-def _real(starts: Tensor, tokens: Tensor, s: Selection) -> Tensor | None:
-    """`(B * lists, gathered keys)` bool, False for what was gathered but isn't listed; None when all is.
+def _real(starts: Tensor, tokens: Tensor, s: Selection) -> Tensor:
+    """`(B * lists, gathered keys)` bool, False for what is gathered but isn't listed.
 
-    A tile that would reach past the last key is gathered from block_k keys before the end instead, so that no memory behind
-    the cache is touched: its keys from before its own start don't count (none counts for an entry past its list's count).
+    A tile that would reach past the last key is gathered from block_k keys before the end instead, so that no memory
+    behind the cache is touched: its keys from before its own start don't count (none counts for an entry past its
+    list's count).
     """
-    short_tile = starts.shape[-1] > 0 and bool((starts[..., -1] > s.n_k - s.block_k).any())
-    if not short_tile and not _unfilled(tokens, s.n_k):
-        return None
     first = starts.unsqueeze(-1)
     inside = first.clamp(max=s.n_k - s.block_k) + torch.arange(s.block_k, device=starts.device) >= first
     return torch.cat([inside.flatten(-2), tokens < s.n_k], dim=-1)
+
+
+def _blank(v: Tensor, real: Tensor) -> None:
+    """Zero the rows that aren't listed: their weight is 0, but 0 times a nan or infinity that may stand there is nan."""
+    first = int(real.all(0).to(torch.uint8).argmin())  # mostly the last tile alone is short
+    v[:, first:].masked_fill_(~real[:, first:].unsqueeze(-1), 0.0)

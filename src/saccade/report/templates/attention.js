@@ -90,6 +90,7 @@
     const head = layer.heads[now.head];
     byId("enlarged-title").textContent = `Layer ${layer.layer}, ${nameOf(head).toLowerCase()}`;
     byId("enlarged-read").textContent = `${now.method ?? ""} ${figures(head)}. Point at the map to read it.`;
+    byId("enlarged-overlay").textContent = `Overlay: ${now.overlay}`;
     paint(byId("enlarged-map"), bytes, head);
   }
 

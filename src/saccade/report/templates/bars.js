@@ -125,11 +125,11 @@
       chosen.bars = Number(value);
       redrawBars.forEach((draw) => draw());
     });
-    saccade.choice("Scale of the error", (value) => {
+    saccade.choice("Error scale", (value) => {
       chosen.scale = value;
       drawFidelity();
     });
-    saccade.choice("Length of the prompt", (value) => {
+    saccade.choice("Prompt length", (value) => {
       chosen.lines = Number(value);
       drawFidelity();
     });

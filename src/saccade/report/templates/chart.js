@@ -22,7 +22,7 @@ const charts = (() => {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
-      hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("muted"), font: { color: colour("ink"), size: 12 }, align: "left", namelength: -1 },
+      hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("muted"), font: { family: getComputedStyle(document.body).fontFamily, color: colour("ink"), size: 12 }, align: "left", namelength: -1 },
       dragmode: coarse ? false : "zoom",
       hovermode: "closest",
       showlegend: false,
@@ -103,9 +103,11 @@ const charts = (() => {
     byId("scatter-note").textContent = missing.length ? `No value on this axis: ${missing.join(", ")}.` : "";
     if (!points.length) {
       Plotly.purge(node);
-      node.textContent = "No method has both a mean score and this cost.";
+      node.replaceChildren(Object.assign(document.createElement("p"), { className: "muted empty", textContent: "No method has both a mean score and this cost." }));
+      delete node.dataset.listening; // purging takes the listeners with it
       return;
     }
+    node.querySelector(":scope > .empty")?.remove();
     const xs = [...points, ...small].map((p) => p.costs[cost]);
     const ys = [...points, ...small].map((p) => p.score);
     const top = Math.max(...ys);
