@@ -24,7 +24,7 @@ def both(a: str, b: str, spec) -> saccade.attach:  # noqa: ANN001
     return saccade.attach(llama(), **specs, plan=plans or None)
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS, ids="+".join)
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda slug: slug)
 def test_pair(a: str, b: str) -> None:
     model, ids = llama(), tokens(2, 70)
     ids[0, :9] = 0

@@ -16,7 +16,9 @@ LENGTHS = "1024,4096"
 
 def command(
     methods: Annotated[str, typer.Option(help="Specs separated by ; or , such as 'snapkv(budget=0.25);quest'.")],
-    model: Annotated[str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")] = "pocket",
+    model: Annotated[
+        str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")
+    ] = "pocket",
     tasks: Annotated[str, typer.Option(help="Tasks separated by commas, or all.")] = TASKS,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 1024,4K.")] = LENGTHS,
     samples: Annotated[int, typer.Option(help="Prompts for each task and length.")] = 8,
@@ -64,11 +66,11 @@ def command(
     from saccade.evaluate.loading import load_model
 
     loaded, tokenizer = load_model(model, device=device, dtype=dtype, offline=offline)
-    options = _options(device=device, dtype=dtype, text=text, plan=plan, offline=offline)
+    options = _options(device=device, dtype=dtype, text=text, plan=plan, offline=offline, no_floor=no_floor)
     try:
         result = _run(
-            loaded, tokenizer, named, chosen, wanted, samples=samples, mode=mode, seed=seed, json_path=json, resume=resume,
-            plans=plans, floor=not no_floor, text=text, name=model, options=[*options, *(["--no-floor"] if no_floor else [])],
+            loaded, tokenizer, named, chosen, wanted, samples=samples, mode=mode, seed=seed, json_path=json,
+            resume=resume, plans=plans, floor=not no_floor, text=text, name=model, options=options,
         )  # fmt: skip
     except KeyboardInterrupt:
         if json is not None and json.exists():
@@ -99,12 +101,14 @@ def parse_lengths(text: str) -> list[int]:
     return found
 
 
-def _options(device: str | None, dtype: str | None, text: Path | None, plan: list[Path] | None, offline: bool) -> list[str]:
+def _options(
+    device: str | None, dtype: str | None, text: Path | None, plan: list[Path] | None, offline: bool, no_floor: bool
+) -> list[str]:
     """The arguments that the commands in the result must repeat."""
     words: list[str] = []
     for name, value in (("device", device), ("dtype", dtype), ("text", text), *(("plan", path) for path in plan or [])):
         words += [] if value is None else [f"--{name}", str(value)]
-    return [*words, *(["--offline"] if offline else [])]
+    return [*words, *(["--offline"] if offline else []), *(["--no-floor"] if no_floor else [])]
 
 
 def _check_report() -> None:
@@ -116,16 +120,26 @@ def _check_report() -> None:
         raise ImportError(f"the page needs {' and '.join(missing)}: pip install 'saccade[report]', or leave --html out")
 
 
-def _run(model: Any, tokenizer: Any, methods: list[str], tasks: list[str], lengths: list[int], **settings: Any) -> dict[str, Any]:
+def _run(
+    model: Any, tokenizer: Any, methods: list[str], tasks: list[str], lengths: list[int], **settings: Any
+) -> dict[str, Any]:
     """The comparison with progress bars on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from saccade.cli.console import console
     from saccade.evaluate.runner import Progress as Step
     from saccade.evaluate.runner import compare
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console(stderr=True), transient=True) as bars:
         cells = bars.add_task("cells", total=None)
@@ -146,7 +160,9 @@ def table(result: dict[str, Any], width: int) -> Group:
 
     model, env = result["model"], result["environment"]
     wide = width >= 112
-    parts: list[Any] = [Text(f"{model['name']} on {env['device_name']}, {env['dtype']}, torch {env['torch']}", style="dim")]
+    parts: list[Any] = [
+        Text(f"{model['name']} on {env['device_name']}, {env['dtype']}, torch {env['torch']}", style="dim")
+    ]
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["task"], row["length"], row["mode"]), []).append(row)
@@ -161,7 +177,14 @@ def table(result: dict[str, Any], width: int) -> Group:
             head.append("  dense itself fails: says little about methods", "yellow")
         grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         grid.add_column("method", overflow="fold", width=first)
-        for title, size_ in (("score", 5), ("95%", 11), ("KV cache", 13), ("pairs", 9), ("prefill", 12), ("decode", 12)):
+        for title, size_ in (
+            ("score", 5),
+            ("95%", 11),
+            ("KV cache", 13),
+            ("pairs", 9),
+            ("prefill", 12),
+            ("decode", 12),
+        ):
             grid.add_column(title, justify="right", no_wrap=True, width=size_)
         if wide:
             grid.add_column("peak", justify="right", no_wrap=True, width=8)
@@ -173,7 +196,7 @@ def table(result: dict[str, Any], width: int) -> Group:
                 grid.add_row(*_cells(row)[: 8 if wide else 7])
         parts += [head, grid, *failed]
     parts.append(Text(
-        "\nKV cache: bytes, and their share of dense. pairs: query-key pairs read, prefill/decoding. x: speed against dense.",
+        "\nKV cache: bytes, share of dense. pairs: query-key pairs read, prefill/decoding. x: speed against dense.",
         style="dim",
     ))  # fmt: skip
     return Group(*parts)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def command(
     prompt_file: Annotated[Path, typer.Option(help="A UTF-8 text file with the prompt; - reads it from stdin.")],
-    model: Annotated[str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")] = "pocket",
+    model: Annotated[
+        str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")
+    ] = "pocket",
     prefill: Annotated[str | None, typer.Option(help="A prefill method, such as minference.")] = None,
     decode: Annotated[str | None, typer.Option(help="A decode method, such as 'quest(budget=0.1)'.")] = None,
     cache: Annotated[str | None, typer.Option(help="A cache policy, such as 'snapkv(budget=0.25)'.")] = None,
@@ -49,7 +51,8 @@ def command(
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     streamer = _clocked_streamer(tokenizer)
     with attach(loaded, **methods, plan=plans) as handle, torch.no_grad():  # pyright: ignore[reportArgumentType]
-        loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        write: Any = loaded.generate
+        write(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
         stats = handle.stats()
     console(stderr=True).print(_table(stats, streamer, inputs["input_ids"].shape[1]))
 
@@ -101,10 +104,18 @@ def _table(stats: Any, streamer: Any, prompt: int) -> Table:
     grid = Table(box=None, show_header=False, pad_edge=False)
     rows = [
         ("prompt", f"{prompt:,} tokens", "" if first is None else f"first token after {first * 1e3:.0f} ms"),
-        ("written", f"{max(0, len(ticks) - 1):,} tokens", f"{steps / (ticks[-1] - ticks[1]):.1f} tokens/s" if steps > 0 else ""),
+        (
+            "written",
+            f"{max(0, len(ticks) - 1):,} tokens",
+            f"{steps / (ticks[-1] - ticks[1]):.1f} tokens/s" if steps > 0 else "",
+        ),
         ("pairs read in prefill", _share(stats.prefill_density), "of those that dense attention reads"),
         ("pairs read in decoding", _share(stats.decode_density), "of those that dense attention reads"),
-        ("entries held", f"{sum(held) / len(held):,.0f}" if held else "-", f"of {stats.tokens_seen:,} tokens seen, mean over layers and heads"),
+        (
+            "entries held",
+            f"{sum(held) / len(held):,.0f}" if held else "-",
+            f"of {stats.tokens_seen:,} tokens seen, mean over layers and heads",
+        ),
         ("keys and values", size(stats.kv_bytes), ""),
         ("positions, scores, indices", size(stats.index_bytes), ""),
     ]

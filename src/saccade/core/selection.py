@@ -84,6 +84,7 @@ class Selection:
         tokens, token_counts, log_weight = _sorted_unique(empty if tokens is None else tokens, token_counts, log_weight, n_k)
         if tokens.shape[-1] and starts.shape[-1]:
             starts, tokens = _same_leading(starts, tokens)
+            log_weight = None if log_weight is None else log_weight.expand(tokens.shape)
             before = torch.searchsorted(starts.contiguous(), tokens.contiguous(), right=True) - 1
             tile = torch.gather(starts, -1, before.clamp(min=0)).long()
             inside = (before >= 0) & (tokens.long() < tile + block_k)
@@ -264,11 +265,11 @@ class Selection:
     # -- algebra -----------------------------------------------------------------------------------------------------------
 
     def __or__(self, other: Selection) -> Selection:
-        """Keys read by either. A key listed without a weight by one operand has weight 0."""
+        """Keys read by either. A key listed without a weight by one operand has weight 0; it may not carry two different ones."""
         return self._combine(other, union=True)
 
     def __and__(self, other: Selection) -> Selection:
-        """Keys read by both; weights of single keys stay."""
+        """Keys read by both; the weight of a single key stays, and a key may not carry two different ones."""
         return self._combine(other, union=False)
 
     def with_forced(self, sinks: int = 0, local: int = 0) -> Selection:
@@ -364,20 +365,17 @@ def _combined_weight(a: Selection, b: Selection, *, union: bool) -> Tensor | Non
     if a.log_weight is None and b.log_weight is None:
         return None
 
-    def spread(s: Selection) -> tuple[Tensor, Tensor]:
-        """(weight of each key, whether the key is listed without weight)."""
-        plain = cover(s.starts, s.block_k, s.n_k)
+    def spread(s: Selection) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight of each key, whether it carries one, whether it is listed without one)."""
+        plain, singles = cover(s.starts, s.block_k, s.n_k), mark(s.tokens, s.n_k)
         if s.log_weight is None:
-            return torch.zeros_like(plain, dtype=torch.float32), plain | mark(s.tokens, s.n_k)
+            return torch.zeros_like(plain, dtype=torch.float32), torch.zeros_like(plain), plain | singles
         weight = torch.zeros(*plain.shape[:-1], s.n_k + 1, device=plain.device)
         weight = weight.scatter(-1, s.tokens.long().clamp(max=s.n_k), s.log_weight)[..., : s.n_k]
-        return weight, plain
+        return weight, singles, plain
 
-    (wa, plain_a), (wb, plain_b) = spread(a), spread(b)
-    if not union:
-        return wa + wb
-    both = a.log_weight is not None and b.log_weight is not None
-    clash = both and bool(((wa != wb) & mark(a.tokens, a.n_k) & mark(b.tokens, b.n_k) & ~plain_a & ~plain_b).any())
-    if clash:
+    (wa, weighted_a, plain_a), (wb, weighted_b, plain_b) = spread(a), spread(b)
+    if bool(((wa != wb) & weighted_a & weighted_b).any()):
         raise ValueError("the same key carries two different log weights: combine the selections before weighting them")
-    return torch.where(plain_a | plain_b, 0.0, torch.where(wa != 0, wa, wb))
+    weight = torch.where(weighted_a, wa, wb)
+    return torch.where(plain_a | plain_b, 0.0, weight) if union else weight

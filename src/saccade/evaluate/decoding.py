@@ -26,7 +26,8 @@ MODES: tuple[Mode, ...] = ("aware", "agnostic")
 
 @dataclass
 class Outcome:
-    """One sample's result. Times in ms; `steps` are the single-token forwards in order, the first builds a decode index.
+    """One sample's result. Times in ms; `steps` are the single-token forwards in order, the first builds a decode
+    index.
 
     prefill_ms: prompt, compression and question. kv_bytes: held by keys and values once the prompt is compressed.
     """
@@ -113,8 +114,8 @@ class Run:
 def run_sample(model: PreTrainedModel, codec: Codec, prompt: Prompt, mode: Mode, session: Session | None) -> Outcome:
     """Run one prompt to its end and score it. `session`: the handle of the `attach` block around this call, or None.
 
-    "aware": context and question are one prompt, compressed at its end. "agnostic": the context alone is compressed, the
-    question comes after. What follows the compression (question, answers, followups) is kept whole.
+    "aware": context and question are one prompt, compressed at its end. "agnostic": the context alone is compressed,
+    the question comes after. What follows the compression (question, answers, followups) is kept whole.
     """
     run = Run(model, session)
     whole = mode == "aware" or not prompt.question

@@ -19,7 +19,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """`(model, tokenizer)`, in eval mode on `device` (default: the GPU if there is one).
 
-    name: "pocket", a folder, or a model of the Hugging Face hub. Only a hub name touches the network, and with `offline`
+    name: "pocket", a folder, or a model of the Hugging Face hub. Only a hub name touches the network, and with
+    `offline`
     not even that: it is then looked up in the local cache. dtype: "float32", "bfloat16" or "float16"; default: the
     model's own, for pocket bfloat16 on a GPU and float32 on a CPU. Raises ValueError, in one sentence, when that fails.
     """
@@ -42,12 +43,15 @@ def load_model(
     try:
         with _quiet() if local or offline else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else DTYPES[dtype], **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto" if dtype is None else DTYPES[dtype], **options
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "from its folder" if local else "from the local cache" if offline else "from the hub"
         advice = "check the folder" if local else "check the name and the network, or give the folder of a saved model"
         raise ValueError(f"the model {name!r} can't be loaded {where} ({_first_sentence(error)}): {advice}") from None
-    return model.to(place).eval(), tokenizer
+    model.to(place)  # pyright: ignore[reportArgumentType]
+    return model.eval(), tokenizer
 
 
 @contextmanager
@@ -72,7 +76,9 @@ def _device(device: str | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here: use --device cpu")
     if place.type == "cuda" and place.index is not None and place.index >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs: use a lower number")
+        raise ValueError(
+            f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs: use a lower number"
+        )
     return place
 
 

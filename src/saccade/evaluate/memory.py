@@ -17,8 +17,9 @@ class Peak:
     """Bytes by which memory rises above what was held at `start`, at its highest.
 
     On a GPU: torch's allocated bytes. On a CPU: the resident size of the process, whose high-water mark is reset at the
-    start and whose free pages are first given back to the system; so spare room that an allocator keeps from earlier work
-    is not hidden. Collect garbage before. None where the system does not allow that (anything but Linux, or a locked-down container).
+    start and whose free pages are first given back to the system; so spare room that an allocator keeps from earlier
+    work is not hidden. Collect garbage before. None where the system does not allow that (anything but Linux, or a
+    locked-down container).
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -25,17 +25,19 @@ DECADES = 4  # the map shows attention mass from 10^-4 to 1
 def picture(
     model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender], text: str
 ) -> dict[str, Any]:
-    """The "attention" part of a result: one dense run over `ids`, pooled, and the keys that each contender reads or keeps.
+    """The "attention" part of a result: one dense run over `ids`, pooled, and the keys that each contender reads or
+    keeps.
 
     prompt: where cache policies act (the end, or the end of the context in query-agnostic runs). text: the prompt's
-    beginning. At most MAX_LAYERS layers and MAX_HEADS heads of each, evenly spread. A contender that fails is left out.
+    beginning. At most MAX_LAYERS layers and MAX_HEADS heads of each, evenly spread. A contender that fails is left out
+    and named, with the reason, under "failed".
     """
     pool = 8 if len(contenders) <= 5 else 16
     length = len(ids) // pool * pool
     layers: list[dict[str, Any]] = []
     shown = [contender for contender in contenders if not contender.dense]
-    shared: dict[str, dict[int, dict[str, Any]]] = {contender.spec: {} for contender in shown}
-    failed: set[str] = set()
+    shared: dict[str, dict[int, dict[Any, Any]]] = {contender.spec: {} for contender in shown}
+    failed: dict[str, str] = {}
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     chosen = set(_spread(count, MAX_LAYERS))
 
@@ -46,21 +48,22 @@ def picture(
                 try:
                     replay = LayerReplay(ctx, q, k, v, contender, shared[contender.spec])
                     masks[contender.spec] = _selected(replay, contender, min(prompt, length), length, pool)
-                except Exception:  # the rows of this method say what is wrong with it
-                    failed.add(contender.spec)
+                except Exception as error:  # the others still have their pictures
+                    failed[contender.spec] = f"{type(error).__name__}: {error}"
         if ctx.layer in chosen:
             layers.append(_layer(ctx, q[:, :, :length], k[:, :, :length], masks, pool))
 
     device = next(model.parameters()).device
     with reading_session(model, draw):
         model(input_ids=torch.tensor([list(ids[:length])], device=device), use_cache=False)
-    return {"prompt": text[:200], "length": length, "pool": pool, "layers": layers}
+    return {"prompt": text[:200], "length": length, "pool": pool, "layers": layers, "failed": failed}
 
 
 def _selected(replay: LayerReplay, contender: Contender, prompt: int, length: int, pool: int) -> Tensor:
     """Which keys each query reads: `(H, length, length)` bool before causality, H = 1, Hk or Hq.
 
-    Prefill: the selection that ran. Cache: the keys that were kept, the same for all queries (all keys after the prompt).
+    Prefill: the selection that ran. Cache: the keys that were kept, the same for all queries (all keys after the
+    prompt).
     Decode: what the last query of each pooled row selects among the keys up to it. Combinations: what all parts leave.
     """
     mask = torch.ones(1, 1, length, dtype=torch.bool, device=replay.k.device)
@@ -103,7 +106,8 @@ def _steps(replay: LayerReplay, decode: Decode, length: int, pool: int) -> Tenso
             row = decode.select(context, replay.q[:, :, end - 1 : end]).coverage()[0, :, 0]
         shared["row", ctx.layer] = row
         rows.append(torch.nn.functional.pad(row, (0, length - end)))
-    return torch.stack(rows, 1)
+    heads = max(row.shape[0] for row in rows)
+    return torch.stack([row.repeat_interleave(heads // row.shape[0], 0) for row in rows], 1)
 
 
 def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int) -> dict[str, Any]:
@@ -123,7 +127,8 @@ def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], po
             mass[spec] = float((weights * read).sum(-1).mean())
             density[spec] = float(read.sum() / visible.sum())
         heads.append({
-            "head": head, "kv_head": head // group, "map": _bytes(_log_scaled(_pooled(weights, pool) / pool)), "size": size,
+            "head": head, "kv_head": head // group, "map": _bytes(_log_scaled(_pooled(weights, pool) / pool)),
+            "size": size,
             "selections": selections, "mass": mass, "density": density,
         })  # fmt: skip
     return {"layer": ctx.layer, "heads": heads}

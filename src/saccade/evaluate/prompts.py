@@ -64,8 +64,8 @@ class Prompt:
 def prompt_of(task: Task, codec: Codec, grammar: Grammar, *, length: int, seed: int, index: int) -> Prompt:
     """Sample `index` of a task with a prompt of `length` tokens (prefix, context and question; followups come on top).
 
-    Depends on seed, task, length, index, text and tokenizer only. Where no number of bytes gives exactly `length` tokens
-    the prompt is the nearest shorter one. Raises ValueError when `length` is below the task's minimum.
+    Depends on seed, task, length, index, text and tokenizer only. Where no number of bytes gives exactly `length`
+    tokens the prompt is the nearest shorter one. Raises ValueError when `length` is below the task's minimum.
     """
     key = f"{seed}/{spec_of(task)}/{length}/{index}"
     variant = task.at(index)
@@ -120,4 +120,7 @@ def check_length(task: Task, codec: Codec, grammar: Grammar, length: int) -> Non
 
 
 def _too_short(task: Task, length: int, needed: int) -> str:
-    return f"length {length} is below the minimum of task {task.name}, {needed} tokens with this tokenizer: ask for a greater one"
+    return (
+        f"length {length} is below the minimum of task {task.name}, {needed} tokens with this tokenizer: "
+        "ask for a greater one"
+    )

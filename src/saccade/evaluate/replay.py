@@ -1,7 +1,7 @@
 """One attention layer, fed again with the queries, keys and values of a dense run, under the methods of a contender.
 
-What runs here is what an attached model runs (the same LayerRunner on the same KVLayer), so pictures and errors show the
-method itself; the inputs are dense attention's, so errors of lower layers are not carried into higher ones.
+What runs here is what an attached model runs (the same LayerRunner on the same KVLayer), so pictures and errors show
+the method itself; the inputs are dense attention's, so errors of lower layers are not carried into higher ones.
 """
 
 from __future__ import annotations
@@ -21,18 +21,25 @@ from saccade.ops import last_run
 class LayerReplay:
     """q `(1, Hq, N, D)`, k `(1, Hk, N, D)`, v `(1, Hk, N, Dv)` of layer `ctx.layer`, fed piece by piece.
 
-    shared: one dict for each piece, the same for all layers of one contender: methods may reuse another layer's selection.
+    shared: one dict for each piece, the same for all layers of one contender: methods may reuse another layer's
+    selection.
     """
 
     def __init__(
-        self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, contender: Contender, shared: dict[int, dict[str, Any]]
+        self,
+        ctx: LayerContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        contender: Contender,
+        shared: dict[int, dict[Any, Any]],
     ) -> None:
         self.ctx, self.q, self.k, self.v, self.shared = ctx, q, k, v, shared
         methods: dict[str, Any] = contender.methods
         self.runner = LayerRunner(
             layer=ctx.layer, layers=ctx.layers, prefill=methods.get("prefill"), decode=methods.get("decode"),
-            policy=methods.get("cache"), plans={plan.slug: plan for plan in contender.plans}, when="prompt", impl="auto",
-            seed=ctx.seed, rotary=ctx.rotary,
+            policy=methods.get("cache"), plans={plan.slug: plan for plan in contender.plans}, when="prompt",
+            impl="auto", seed=ctx.seed, rotary=ctx.rotary,
         )  # fmt: skip
         self.layer = KVLayer()
 
@@ -93,7 +100,8 @@ class LayerReplay:
 
 
 def probabilities(q: Tensor, k: Tensor, first: int, scale: float, softcap: float | None) -> Tensor:
-    """Dense attention probabilities, float32 `(Hq, m, n)`: q `(1, Hq, m, D)` at positions first ... over k `(1, Hk, n, D)`."""
+    """Dense attention probabilities, float32 `(Hq, m, n)`: q `(1, Hq, m, D)` at positions first ... over k `(1, Hk,
+    n, D)`."""
     group = q.shape[1] // k.shape[1]
     logits = (q[0].float().unflatten(0, (-1, group)) @ k[0].float().unsqueeze(1).mT).flatten(0, 1) * scale
     if softcap is not None:

@@ -1,4 +1,5 @@
-"""The result file of a comparison, schema "saccade.compare/1": rows, what they were measured on, saving and resuming."""
+"""The result file of a comparison, schema "saccade.compare/1": rows, what they were measured on, saving and
+resuming."""
 
 from __future__ import annotations
 
@@ -60,9 +61,14 @@ def describe_model(model: transformers.PreTrainedModel, name: str) -> dict[str, 
 
 
 def command_of(
-    model: str, methods: Sequence[str], tasks: Sequence[str], lengths: Sequence[int], settings: dict[str, Any], options: Sequence[str] = ()
+    model: str,
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    settings: dict[str, Any],
+    options: Sequence[str] = (),
 ) -> str:
-    """The command line that runs these cells again; `options` are further arguments, such as ("--dtype", "bfloat16")."""
+    """The command line that runs these cells again; `options` are further arguments, such as "--dtype", "float16"."""
     words = ["saccade", "compare", "--model", model, "--methods", ";".join(methods), "--tasks", ",".join(tasks)]
     words += ["--lengths", ",".join(map(str, lengths))]
     for name in ("samples", "mode", "seed"):
@@ -74,16 +80,22 @@ def blank_row(contender: Contender, task: Task, length: int, mode: str, command:
     """A row with every key and nothing measured."""
     return {
         "method": contender.spec, "slug": contender.slug, "task": spec_of(task), "length": length, "mode": mode,
-        "status": "failed", "error": None, "note": contender.note, "samples": 0, "score": None, "low": None, "high": None,
-        "unit": task.unit, "discriminating": False, "scores": [], "depths": [], "prefill_density": None, "decode_density": None,
-        "kv_bytes": None, "index_bytes": None, "kv_bytes_dense": None, "peak_bytes": None, "prefill_ms": None, "decode_ms": None,
-        "first_step_ms": None, "prefill_speedup": None, "decode_speedup": None, "output_error": None, "mass": None,
-        "command": command,
+        "status": "failed", "error": None, "note": contender.note, "samples": 0,
+        "score": None, "low": None, "high": None, "unit": task.unit, "discriminating": False,
+        "scores": [], "depths": [],
+        "prefill_density": None, "decode_density": None, "kv_bytes": None, "index_bytes": None, "kv_bytes_dense": None,
+        "peak_bytes": None, "prefill_ms": None, "decode_ms": None, "first_step_ms": None,
+        "prefill_speedup": None, "decode_speedup": None, "output_error": None, "mass": None, "command": command,
     }  # fmt: skip
 
 
 def fill_row(
-    row: dict[str, Any], task: Task, outcomes: Sequence[Outcome], depths: Sequence[Sequence[float]], peaks: Sequence[int | None], seed: int
+    row: dict[str, Any],
+    task: Task,
+    outcomes: Sequence[Outcome],
+    depths: Sequence[Sequence[float]],
+    peaks: Sequence[int | None],
+    seed: int,
 ) -> None:
     """Put what the samples gave into a row: the mean score and its interval, medians of times and bytes.
 
@@ -108,7 +120,8 @@ def fill_row(
 
 
 def relate(row: dict[str, Any], dense: dict[str, Any] | None, task: Task) -> None:
-    """Fill in what a row says against the dense row of its cell: speedups, dense bytes, whether the task tells methods apart."""
+    """Fill in what a row says against the dense row of its cell: speedups, dense bytes, whether the task tells
+    methods apart."""
     if dense is None or dense["status"] != "ok":
         return
     row["kv_bytes_dense"] = dense["kv_bytes"]
@@ -138,25 +151,36 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a result file. Raises ValueError when it is missing, no JSON, or of another schema."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no result file at {path}: check the path, or make one with `saccade compare --json {path}`")
+        raise ValueError(
+            f"there is no result file at {path}: check the path, or make one with `saccade compare --json {path}`"
+        )
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is not JSON: give a file that `saccade compare --json` wrote") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or not isinstance(result.get("rows"), list):
-        raise ValueError(f"{path} is not a comparison of schema {SCHEMA!r}: give a file that this version's `saccade compare` wrote")
+        raise ValueError(
+            f"{path} is not a comparison of schema {SCHEMA!r}: give a file that this version's `saccade compare` wrote"
+        )
     return result
 
 
 def check_resumable(old: dict[str, Any], new: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError unless the cells of `old` could stand in a file of `new`: same model, device, dtype and settings.
+    """Raise ValueError unless the cells of `old` could stand in a file of `new`: same model, device, dtype and
+    settings.
 
     Methods, tasks and lengths may differ: a resumed run adds the cells that are missing.
     """
     pairs = [
-        *((name, old.get("settings", {}).get(name), new["settings"][name]) for name in ("samples", "mode", "seed", "text")),
+        *(
+            (name, old.get("settings", {}).get(name), new["settings"][name])
+            for name in ("samples", "mode", "seed", "text")
+        ),
         ("model", old.get("model"), new["model"]),
-        *((name, old.get("environment", {}).get(name), new["environment"][name]) for name in ("device", "device_name", "dtype")),
+        *(
+            (name, old.get("environment", {}).get(name), new["environment"][name])
+            for name in ("device", "device_name", "dtype")
+        ),
     ]
     differ = [f"{name} {_short(before)} (now {_short(after)})" for name, before, after in pairs if before != after]
     if differ:
@@ -170,8 +194,8 @@ def _short(value: Any) -> str:
 def new_result(settings: dict[str, Any], model: dict[str, Any], env: dict[str, Any], command: str) -> dict[str, Any]:
     """A result without rows."""
     return {
-        "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "environment": env,
-        "model": model, "settings": settings, "rows": [], "attention": None,
+        "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command,
+        "environment": env, "model": model, "settings": settings, "rows": [], "attention": None, "notes": [],
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from saccade.evaluate.text import grammar as text_grammar
 from saccade.train.text import Grammar
 
 CALIBRATION = (4, 1024)  # sequences of the text, tokens of each
+NO_MAPS = "no attention maps"
 WARM_UP = 256  # tokens of the prompt that is run once before a method is timed on a CPU
 
 
@@ -77,18 +78,21 @@ def compare(
 ) -> dict[str, Any]:
     """Compare methods and return the result, a dict of schema "saccade.compare/1" (docs/compare-schema.md).
 
-    methods: specs such as "snapkv(budget=0.25)" or "minference+snapkv"; dense always joins, and so does the random-eviction
-    floor where some method works on the cache (unless `floor` is off). tasks: names or specs. lengths: prompt tokens.
+    methods: specs such as "snapkv(budget=0.25)" or "minference+snapkv"; dense always joins, and so does the
+    random-eviction floor where some method works on the cache (unless `floor` is off). tasks: names or specs.
+    lengths: prompt tokens.
     mode: "aware" compresses prompt and question together, "agnostic" the context before the question is seen.
     All methods see the same prompts, which depend on seed, task, length and index alone.
 
-    json_path: saved there after every cell, whole at any time. resume: go on with that file: cells that are ok in it stay.
-    plans: calibrations; a method that needs one and has none is calibrated once on the text. text: a file to make prompts
-    of, in place of the shipped text. fidelity, attention: whether to measure errors by layer and draw one prompt's maps.
+    json_path: saved there after every cell, whole at any time. resume: go on with that file: cells that are ok in it
+    stay.
+    plans: calibrations; a method that needs one and has none is calibrated once on the text. text: a file to make
+    prompts of, in place of the shipped text. fidelity, attention: whether to measure errors by layer and draw one
+    prompt's maps.
     name: the model's name in the result. options: arguments to repeat in the rows' commands.
 
-    A cell that fails is recorded with its reason and the rest goes on. Raises ValueError, before anything runs, on unknown
-    methods or tasks, lengths below a task's minimum, numbers out of range and files that can't be written.
+    A cell that fails is recorded with its reason and the rest goes on. Raises ValueError, before anything runs, on
+    unknown methods or tasks, lengths below a task's minimum, numbers out of range and files that can't be written.
     """
     check_settings(tasks, lengths, samples, mode)
     spot = Spot(model, Codec(tokenizer), text_grammar(text), "aware" if mode == "aware" else "agnostic", seed, samples)
@@ -114,7 +118,10 @@ def compare(
         return results.command_of(label, specs, tasks, lengths, settings, options)
 
     result = results.new_result(
-        settings, results.describe_model(model, label), results.environment(model), command(named, settings["tasks"], lengths)
+        settings,
+        results.describe_model(model, label),
+        results.environment(model),
+        command(named, settings["tasks"], lengths),
     )
     if resume and json_path is not None and Path(json_path).exists():
         _take_over(result, results.load(json_path), json_path)
@@ -138,7 +145,8 @@ def compare(
             if not here:
                 continue
             prompts = [
-                prompt_of(task, spot.codec, spot.grammar, length=length, seed=seed, index=index) for index in range(samples)
+                prompt_of(task, spot.codec, spot.grammar, length=length, seed=seed, index=index)
+                for index in range(samples)
             ]
             short = (spec_of(task), min(length, LONGEST))
             if fidelity and short not in near:
@@ -161,7 +169,7 @@ def compare(
                 tell(doing)
     if attention and (result["attention"] is None or missing):
         tell("attention maps")
-        result["attention"] = _picture(spot, [contender for contender in line if not contender.broken])
+        _draw(result, spot, [contender for contender in line if not contender.broken])
     if json_path is not None:
         results.save(result, json_path)
     return result
@@ -170,7 +178,9 @@ def compare(
 def check_settings(tasks: Sequence[str | Task], lengths: Sequence[int], samples: int, mode: str) -> None:
     """Raise ValueError for settings that no model could run."""
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown: use aware (the question is compressed too) or agnostic (it comes after)")
+        raise ValueError(
+            f"mode {mode!r} is unknown: use aware (the question is compressed too) or agnostic (it comes after)"
+        )
     for what, value in (("samples", samples), *(("each length", length) for length in lengths)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
@@ -184,7 +194,7 @@ def _take_over(result: dict[str, Any], old: dict[str, Any], path: str | Path) ->
     """Rows and maps of an earlier file move into `result`, when its settings allow it."""
     results.check_resumable(old, result, path)
     result["rows"] = list(old["rows"])
-    result["attention"] = old.get("attention")
+    result["attention"], result["notes"] = old.get("attention"), list(old.get("notes", []))
     result["created"] = old.get("created", result["created"])
     for name in ("tasks", "lengths", "methods"):
         before = old["settings"].get(name, [])
@@ -219,7 +229,8 @@ def _calibration_batches(spot: Spot) -> list[torch.Tensor]:
     sequences, tokens = CALIBRATION
     task = build("text")
     made = [
-        prompt_of(task, spot.codec, spot.grammar, length=tokens, seed=spot.seed, index=1_000_000 + i) for i in range(sequences)
+        prompt_of(task, spot.codec, spot.grammar, length=tokens, seed=spot.seed, index=1_000_000 + i)
+        for i in range(sequences)
     ]
     return [torch.tensor([prompt.context]) for prompt in made]
 
@@ -237,8 +248,10 @@ def _cell(
     try:
         if contender.broken:
             raise ValueError(contender.broken)
-        session = nullcontext() if contender.dense else attach(spot.model, **contender.methods, plan=contender.plans, seed=spot.seed)
-        with session as handle:
+        methods: dict[str, Any] = dict(contender.methods)
+        # dense attention is the model as it is, with nothing attached
+        block = attach(spot.model, **methods, plan=contender.plans, seed=spot.seed) if methods else nullcontext()
+        with block as handle:
             # kernels compile for the length they meet; a CPU only needs its threads and pages
             size = prompts[0].length if device.type == "cuda" else min(WARM_UP, prompts[0].length)
             if (contender.spec, size) not in warmed:
@@ -306,17 +319,17 @@ def _relate(result: dict[str, Any], task: Task, length: int, mode: str) -> None:
         results.relate(row, dense, task)
 
 
-def _picture(spot: Spot, contenders: Sequence[Contender]) -> dict[str, Any] | None:
-    """Maps of a needle prompt with its needle in the middle; None for a model that can't be attached."""
+def _draw(result: dict[str, Any], spot: Spot, contenders: Sequence[Contender]) -> None:
+    """Maps of a needle prompt with its needle in the middle; a reason in "notes" for a model that can't be attached."""
+    result["notes"] = [note for note in result["notes"] if not note.startswith(NO_MAPS)]
     try:
-        prompt = prompt_of(
-            build("needle(depths=(0.5,))"), spot.codec, spot.grammar, length=PICTURE_LENGTH, seed=spot.seed, index=0
-        )
+        task = build("needle(depths=(0.5,))")
+        prompt = prompt_of(task, spot.codec, spot.grammar, length=PICTURE_LENGTH, seed=spot.seed, index=0)
         closed = len(prompt.context) if spot.mode == "agnostic" else prompt.length
         text = prompt.sample.context[:400].decode("utf-8", errors="replace")
-        return picture(spot.model, [*prompt.context, *prompt.question], closed, contenders, text)
-    except Exception:
-        return None
+        result["attention"] = picture(spot.model, [*prompt.context, *prompt.question], closed, contenders, text)
+    except Exception as error:  # the rows are what the run is for
+        result["notes"].append(f"{NO_MAPS}: {_sentence(error)}")
 
 
 def _sentence(error: BaseException) -> str:

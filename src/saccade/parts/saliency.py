@@ -54,7 +54,7 @@ class ProbeQueries:
         indices = [*still, *range(seen - m, seen)]
         held = q if self.queries is None else torch.cat([self.queries[:, :, : len(still)], q], dim=2)
         # the most recent share begins no earlier than this, whatever is still to come and with up to SPARE tokens taken back
-        recent = seen - length + self._recent_from(length)
+        recent = seen - length + self._recent_from(max(length - SPARE, 0))
         chosen = drawn(torch.tensor(indices), self._drawn_share, self.seed).tolist()
         wanted = [i for i, (index, hit) in enumerate(zip(indices, chosen, strict=True)) if hit or index >= recent]
         self.queries = held.index_select(2, torch.tensor(wanted, device=q.device))

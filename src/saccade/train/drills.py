@@ -21,9 +21,10 @@ from saccade.train.exams import (
     noisy_depths,
     variable_ask,
 )
-from saccade.train.pieces import PLAIN, STATED, TEMPLATE, Event, Piece, piece, size, weave
+from saccade.train.pieces import ANSWER, PLAIN, STATED, TEMPLATE, Event, Piece, piece, size, weave
 from saccade.train.text import Grammar
 
+SHOWN, AT_ONCE = 8, 9  # tags; 0 to 3 are the hops of a question, 4 to 7 the same for short names
 AT_THE_END = 0.35  # share of the questions that are asked at the end of the sequence
 
 
@@ -112,16 +113,18 @@ def copy(grammar: Grammar, rng: Random, n: int) -> list[Piece]:
 def variables(grammar: Grammar, rng: Random, n: int, letters: Sequence[int] = (4,)) -> list[Piece]:
     """Chains of 1 to 3 hops in 15% to 100% of the sequence, mostly much; the value is asked for after any of the hops.
 
-    All names of a sequence have one length, out of `letters`: following a chain is far easier to learn with names of
-    one letter, and carries over to longer ones. The lines are placed in one of three ways: as in the exam, in order,
-    or anywhere. In half of the sequences some questions follow their line at once.
+    All names of a sequence have one length, out of `letters`. The lines are placed in one of three ways: as in the
+    exam, in order, or anywhere. Two helps make following a chain learnable. In some sequences questions follow their
+    line at once. In others every second copy is followed by the value itself: the model, which cannot know where,
+    learns to look the value up at every copy, and later questions can find it there.
     """
     drill = _Drill(rng)
     length = rng.choice(letters)
     limit = len(t.NAME_LETTERS) ** length * 3 // 4
     room = (1 - 0.85 * rng.random() ** 2) * n
     style = rng.choice(("exam", "exam", "ordered", "anywhere"))
-    at_once = rng.choice((0.0, 0.0, 0.5, 1.0))
+    at_once = rng.choice((0.0, 0.0, 0.0, 0.5))
+    shown = rng.choice((0.0, 0.5))
     taken: set[str] = set()
     while len(taken) + 4 <= limit:
         hops = rng.randint(1, 3)
@@ -143,8 +146,12 @@ def variables(grammar: Grammar, rng: Random, n: int, letters: Sequence[int] = (4
             depths.sort()
         for hop, line in enumerate(lines):
             known = max(depths[: hop + 1])  # where the last of the lines that the answer needs stands
-            follows = hop in asked and known == depths[hop] and rng.random() < at_once
-            drill.state(depths[hop], [line, *(asked[hop] if follows else [])])
-            if hop in asked and not follows:
+            pieces = [line]
+            if hop and known == depths[hop] and rng.random() < shown:
+                pieces.append(piece(value + "\n", ANSWER, SHOWN))
+            elif hop in asked and known == depths[hop] and rng.random() < at_once:
+                pieces += [p._replace(tag=AT_ONCE) for p in asked[hop]]
+            elif hop in asked:
                 drill.ask(known, asked[hop])
+            drill.state(depths[hop], pieces)
     return drill.finish(grammar, n)

@@ -32,7 +32,7 @@ class Kind(IntEnum):
 
 
 class Piece(NamedTuple):
-    """Bytes with the loss weight of each; `tag` (0 to 7) tells groups of answers apart in the metrics."""
+    """Bytes with the loss weight of each; `tag` (0 to 30) tells groups of answers apart in the metrics."""
 
     text: bytes
     weight: float

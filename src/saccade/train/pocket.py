@@ -49,10 +49,10 @@ class Phase:
 
 
 POCKET_PHASES = (
-    Phase(until=0.25, context=1024, tokens=131_072, mix=(0.20, 0.10, 0.15, 0.05, 0.50), letters=(1, 1, 2, 3, 4, 4)),
-    Phase(until=0.47, context=4096, tokens=262_144, mix=(0.24, 0.12, 0.20, 0.07, 0.37), letters=(1, 2, 4, 4, 4)),
-    Phase(until=0.71, context=16384, tokens=262_144, mix=(0.27, 0.16, 0.23, 0.08, 0.26)),
-    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.17, 0.26, 0.08, 0.21)),
+    Phase(until=0.40, context=1024, tokens=131_072, mix=(0.19, 0.09, 0.14, 0.05, 0.53), letters=(1, 4, 4)),
+    Phase(until=0.58, context=4096, tokens=262_144, mix=(0.24, 0.12, 0.19, 0.06, 0.39), letters=(1, 4, 4)),
+    Phase(until=0.76, context=16384, tokens=262_144, mix=(0.27, 0.14, 0.23, 0.08, 0.28)),
+    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.16, 0.26, 0.08, 0.22)),
 )
 TINY_PHASES = (
     Phase(until=0.5, context=128, tokens=1024, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
@@ -77,7 +77,7 @@ class TrainConfig:
     head_dim: int = 64
     rate: float = 3e-3
     warmup_steps: int = 100
-    decay_from: float = 0.55
+    decay_from: float = 0.60
     final_rate: float = 0.03  # as a share of `rate`
     weight_decay: float = 0.1
     clip: float = 1.0

@@ -183,17 +183,16 @@ def test_a_token_is_encoded_once_when_the_interval_is_full() -> None:
 
 def test_decoding_ranks_by_the_current_query() -> None:
     """The classes of an interval are those of the current row's attention, computed here from the captured queries and keys."""
-    ids = tokens(1, 50)
-    model = llama()
+    ids, model = tokens(1, 60), llama()
     with torch.no_grad(), capture(model) as seen:
-        model(ids[:, :49])
-    with saccade.attach(model, cache="zipcache(interval=8)"):
-        _, cache = run(model, ids[:, :49], [41, *[1] * 8])
+        model(ids)
+    with saccade.attach(model, cache="zipcache(interval=20, probe_share=0.5)"):
+        _, cache = run(model, ids, [40, *[1] * 20])
     # layer 0 sees the same queries and keys whatever the cache holds
     layer: Captured = seen[0]
-    attention = torch.softmax(layer.q[0, :, 48].view(2, 3, -1) @ layer.k[0, :, 41:49].mT * layer.scale, -1).sum(1)
-    others = attention.argsort(dim=-1)[:, :3].sort(-1).values  # 40% of 8
-    held, _ = cache.layers[0].segments[1]._members.read(0, 8)
+    attention = torch.softmax(layer.q[0, :, 59].view(2, 3, -1) @ layer.k[0, :, 40:].mT * layer.scale, -1).sum(1)
+    others = attention.argsort(dim=-1)[:, :8].sort(-1).values  # 40% of 20
+    held, _ = cache.layers[0].segments[1]._members.read(0, 20)
     assert [row.nonzero().flatten().tolist() for row in held[0]] == others.tolist()
 
 

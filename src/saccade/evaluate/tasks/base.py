@@ -15,7 +15,8 @@ ANSWER_SLOT = b"{answer}"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One prompt: `context` holds the facts and `question` follows it; a query-agnostic run compresses before the question.
+    """One prompt: `context` holds the facts and `question` follows it; a query-agnostic run compresses before the
+    question.
 
     answers: what a right output says. With `followups`, answer 0 belongs to `question` and answer i to followup i - 1,
     each asked after the model has answered the one before; otherwise all answers are expected in the one output. In a
@@ -35,7 +36,8 @@ class Task(ABC):
     """A frozen bag of settings. `make` draws a sample; the same generator state, text and length give the same bytes.
 
     name: what the command line calls it. summary: one line for listings. unit: "accuracy" (score in [0, 1]) or "bits"
-    (per byte, lower is better). stops: an output ends at the first of these, or when it is as long as the answer can be.
+    (per byte, lower is better). stops: an output ends at the first of these, or when it is as long as the answer can
+    be.
     """
 
     name: ClassVar[str]
@@ -58,7 +60,10 @@ class Task(ABC):
         Raises ValueError below the task's `minimum`, and when the grammar's text is too short for the haystack.
         """
         if n_bytes < self.minimum:
-            raise ValueError(f"task {self.name} needs a prompt of at least {self.minimum} bytes, not {n_bytes}: ask for a greater length")
+            raise ValueError(
+                f"task {self.name} needs a prompt of at least {self.minimum} bytes, not {n_bytes}: "
+                "ask for a greater length"
+            )
         return self.draw(rng, grammar, n_bytes)
 
     @property
@@ -87,9 +92,13 @@ class DepthTask(Task):
 
     def __post_init__(self) -> None:
         if not isinstance(self.depths, tuple | list) or not self.depths:
-            raise ValueError(f"task {self.name} got depths={self.depths!r}: give a tuple of shares in [0, 1], such as (0.5,)")
+            raise ValueError(
+                f"task {self.name} got depths={self.depths!r}: give a tuple of shares in [0, 1], such as (0.5,)"
+            )
         if not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"task {self.name} got depths={self.depths!r}: each must be a share of the context in [0, 1]")
+            raise ValueError(
+                f"task {self.name} got depths={self.depths!r}: each must be a share of the context in [0, 1]"
+            )
         object.__setattr__(self, "depths", tuple(float(depth) for depth in self.depths))
 
     def at(self, index: int) -> Self:

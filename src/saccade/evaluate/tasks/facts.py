@@ -16,8 +16,8 @@ from saccade.train.text import NOUNS, Grammar, insert_at_lines, needle_question,
 class TwoFacts(Task):
     """Two chains "A is B", "B is VALUE" among text; the value at the end of one is asked for.
 
-    The steps are written out: the first question asks for the value of A, the second for the value of whatever the model
-    answered, and the last answer alone is scored. `direct` asks in one question: "the NOUN for the NOUN for A".
+    The steps are written out: the first question asks for the value of A, the second for the value of whatever the
+    model answered, and the last answer alone is scored. `direct` asks in one question: "the NOUN for the NOUN for A".
     """
 
     name: ClassVar[str] = "two-facts"

@@ -17,9 +17,15 @@ ENDS = (b".", b"\n")
 
 
 def hide(
-    rng: Random, grammar: Grammar, n_bytes: int, noun: str, facts: list[tuple[float, str, str]], asked: list[tuple[str, str, float]]
+    rng: Random,
+    grammar: Grammar,
+    n_bytes: int,
+    noun: str,
+    facts: list[tuple[float, str, str]],
+    asked: list[tuple[str, str, float]],
 ) -> Sample:
-    """A sample of `n_bytes` with each `(depth, key, value)` of `facts` in it, that asks for `(key, value, depth)` in turn."""
+    """A sample of `n_bytes` with each `(depth, key, value)` of `facts` in it, that asks for `(key, value, depth)` in
+    turn."""
     needles = [(depth, needle_sentence(noun, key, value).encode()) for depth, key, value in facts]
     questions = [needle_question(noun, key).encode() for key, _, _ in asked]
     room = n_bytes - len(questions[0]) - sum(len(needle) for _, needle in needles)
@@ -76,7 +82,8 @@ class NeedleMultikey(DepthTask):
     def draw(self, rng: Random, grammar: Grammar, n_bytes: int) -> Sample:
         depth, noun, taken = rng.choice(self.depths), rng.choice(NOUNS), set()
         facts = [
-            (rng.random() if i else depth, fresh_key(rng, grammar, taken), grammar.value(rng)) for i in range(self.needles)
+            (rng.random() if i else depth, fresh_key(rng, grammar, taken), grammar.value(rng))
+            for i in range(self.needles)
         ]
         _, key, value = facts[0]
         return hide(rng, grammar, n_bytes, noun, facts, [(key, value, depth)])
@@ -112,8 +119,8 @@ class NeedleMultiquery(Task):
 class NeedleMultivalue(Task):
     """One word that holds several values, told apart by an ordinal alone; all are asked for, in any order.
 
-    RULER asks for all values of one key in one list; a model of this grammar answers one question with one value, so the
-    values are "The magic number for WORD-first is ...", "... WORD-second is ..." and are asked for in turn.
+    RULER asks for all values of one key in one list; a model of this grammar answers one question with one value, so
+    the values are "The magic number for WORD-first is ...", "... WORD-second is ..." and are asked for in turn.
     """
 
     name: ClassVar[str] = "needle-multivalue"

@@ -12,7 +12,8 @@ from saccade.train.text import Grammar, insert_at_lines, variable_copy, variable
 
 @dataclass(frozen=True, kw_only=True)
 class Variables(Task):
-    """The number that a chain "VAR A = 12345", "VAR B = VAR A", ... starts with, asked at its end; other chains distract.
+    """The number that a chain "VAR A = 12345", "VAR B = VAR A", ... starts with, asked at its end; other chains
+    distract.
 
     hops: copies between the number and the asked name, 1 to 3; None goes round 1, 2, 3 over the samples of a run.
     chains: how many chains the context holds.

@@ -12,7 +12,8 @@ from saccade.train.text import Grammar
 
 
 def _list_question(count: int) -> bytes:
-    return f"\nQuestion: What are the {count} most common words in the list above?\nAnswer: The most common words are ".encode()
+    asked = f"\nQuestion: What are the {count} most common words in the list above?\n"
+    return (asked + "Answer: The most common words are ").encode()
 
 
 @dataclass(frozen=True, kw_only=True)

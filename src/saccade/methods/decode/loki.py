@@ -51,7 +51,7 @@ class Loki(Decode, Calibrated):
     def __post_init__(self) -> None:
         whole = isinstance(self.dims, int) and not isinstance(self.dims, bool)
         if not (whole and self.dims >= 1) and not (isinstance(self.dims, float) and 0 < self.dims <= 1):
-            raise ValueError(f"loki got dims={self.dims!r}: expected a share of the head dim in (0, 1] or a number of dims")
+            raise ValueError(f"loki got dims={self.dims!r}: expected a share of the head dim in (0, 1], or a number")
         if self.variance is not None and not (isinstance(self.variance, int | float) and 0 < self.variance <= 1):
             raise ValueError(f"loki got variance={self.variance!r}: expected a share in (0, 1], or None")
         if isinstance(Budget.of(self.budget).amount, Mass | Threshold):

@@ -9,6 +9,7 @@ from saccade.ops.attend import cpu as gathering
 from saccade.ops.attend import dense
 from saccade.ops.attend.problem import Problem
 from saccade.ops.decode import single
+from saccade.ops.decode.listed import Ends
 
 
 def rectangle(problem: Problem) -> Partial:
@@ -18,7 +19,7 @@ def rectangle(problem: Problem) -> Partial:
         return dense.attend(problem)[1]
     if s.n_q != 1:
         return gathering.attend(problem)
-    ends = single.Ends.of(s)
+    ends = Ends.of(s)
     if single.covers_all(s, ends):
         return dense.attend(replace(problem, selection=None))[1]
     return single.attend(problem, ends) if single.takes(problem, ends) else gathering.attend(problem)

@@ -1,0 +1,62 @@
+"""`saccade train pocket`: the recipe of the model that ships with the package."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Recipe(StrEnum):
+    pocket = "pocket"
+    tiny = "tiny"
+
+
+def command(
+    recipe: Annotated[Recipe, typer.Argument(help="pocket: minutes on one or two GPUs; tiny: seconds on a CPU, to try the recipe.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed.")],
+    seconds: Annotated[float, typer.Option("--seconds", help="pocket: length of the run.", min=10)] = 960.0,
+    steps: Annotated[int, typer.Option("--steps", help="tiny: length of the run.", min=1)] = 16,
+    examine: Annotated[bool, typer.Option("--examine/--no-examine", help="pocket: score the model by length at the end.")] = True,
+) -> None:
+    """Train the pocket model from the Python sources installed beside the interpreter.
+
+    Runs alone or under torchrun (`torchrun --nproc-per-node 2 -m saccade.cli.main train pocket -o runs/pocket`).
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from saccade.cli.console import console, write
+    from saccade.core.files import atomic_write
+    from saccade.train.pocket import pocket_config, tiny_config, train
+    from saccade.train.report import full_report, held_out_grammar
+
+    folder = out.parent
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder for the run")
+    if not folder.is_dir():
+        raise ValueError(f"the folder {folder} does not exist: create it, or give another --out")
+    config = pocket_config(out, seconds) if recipe is Recipe.pocket else tiny_config(out, steps)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("preparing the text", total=seconds if recipe is Recipe.pocket else steps)
+
+        def show(row: dict[str, Any]) -> None:
+            done = row["seconds"] if recipe is Recipe.pocket else row["step"]
+            bar.update(task, completed=done, description=f"step {row['step']}  loss {row['loss']:.3f}")
+
+        weights = train(config, show)
+    write(f"model: {weights}")
+    if not examine or recipe is Recipe.tiny:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, local_files_only=True).to(device).eval()
+    scores = full_report(model, *held_out_grammar())
+    with atomic_write(weights / "report.json") as temporary:
+        temporary.write_text(json.dumps(scores, indent=1) + "\n")
+    write(f"scores: {weights / 'report.json'}")
