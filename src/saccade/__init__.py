@@ -20,7 +20,7 @@ _DOORS = {
     "Selection": "saccade.core",
 }
 
-__all__ = ["__version__", *sorted(_DOORS)]  # noqa: PLE0604
+__all__ = ["Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "memory", "pocket"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Package(ModuleType):

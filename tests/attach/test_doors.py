@@ -26,9 +26,9 @@ def test_attention_is_dense_by_default() -> None:
 
 def test_attention_refuses_what_needs_a_model() -> None:
     q, k, v = qkv()
-    with pytest.raises(ValueError, match="use saccade.attach"):
+    with pytest.raises(ValueError, match=r"use saccade\.attach"):
         saccade.attention(q, k, v, method="random")
-    with pytest.raises(ValueError, match="there is no method 'snapkw': did you mean snapkv"):
+    with pytest.raises(ValueError, match=r"there is no method 'snapkw': did you mean snapkv"):
         saccade.attention(q, k, v, method="snapkw")
     with pytest.raises(ValueError, match="planned but not built"):
         saccade.attention(q, k, v, method="sale")
@@ -108,11 +108,11 @@ def test_fresh_state_for_every_sequence() -> None:
 def test_bad_arguments_of_attach() -> None:
     with pytest.raises(ValueError, match="when='later'"):
         saccade.attach(llama(), when="later")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="impl 'magic' is not one of"):
+    with pytest.raises(ValueError, match=r"impl 'magic' is not one of"):
         saccade.attach(llama(), impl="magic")
     with pytest.raises(ValueError, match="no plan at"):
         saccade.attach(llama(), plan="/no/such/plan.safetensors")
-    with pytest.raises(ValueError, match="budget 0.0 is not a ratio"):
+    with pytest.raises(ValueError, match=r"budget 0\.0 is not a ratio"):
         saccade.attach(llama(), cache="random(budget=0.0)")
-    with pytest.raises(ValueError, match=r"budget 1.5 is not a ratio"):
+    with pytest.raises(ValueError, match=r"budget 1\.5 is not a ratio"):
         saccade.attach(llama(), cache="random(budget=1.5)")

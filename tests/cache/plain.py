@@ -11,7 +11,8 @@ from saccade.cache import Rectangle, Segment
 
 
 class Plain(Segment):
-    """The simplest sealed segment: entries as they are; heads may come to differ in length when tokens are taken back."""
+    """The simplest sealed segment: entries as they are; heads may come to differ in length when tokens are taken
+    back."""
 
     encoded = True
 

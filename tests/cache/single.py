@@ -19,8 +19,8 @@ class Single:
         self, policy: CachePolicy | None, *, rotary: Rotary | None = None, when: str = "prompt", layer: int = 0
     ) -> None:
         self.runner = LayerRunner(
-            layer=layer, layers=layer + 1, prefill=None, decode=None, policy=policy, plans={}, when=when, impl="auto", seed=0,
-            rotary=rotary,
+            layer=layer, layers=layer + 1, prefill=None, decode=None, policy=policy, plans={}, when=when, impl="auto",
+            seed=0, rotary=rotary,
         )  # fmt: skip
         self.layer = KVLayer()
         self.layer.before_append = partial(self.runner.before_append, self.layer)

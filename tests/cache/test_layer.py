@@ -10,10 +10,9 @@ from random import Random
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from tests.cache.plain import Plain
 
 from saccade.cache import KVLayer, PackedSegment, Rectangle, Slots
-from tests.cache.plain import Plain
 
 HEADS, DIM = 2, 3
 
@@ -29,7 +28,8 @@ class Entry:
 
 @dataclass
 class Row:
-    """sealed, open: entries per head, oldest first. padding: places of padding. name: goes with the state of a method."""
+    """sealed, open: entries per head, oldest first. padding: places of padding. name: goes with the state of a
+    method."""
 
     sealed: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(HEADS)])
     open: list[list[Entry]] = field(default_factory=lambda: [[] for _ in range(HEADS)])
@@ -51,7 +51,7 @@ class Both:
         self.rows = [Row() for _ in range(batch)]
         self.scored = False
 
-    # -- what may happen to a cache ----------------------------------------------------------------------------------------
+    # -- what may happen to a cache ------------------------------------------------------------------------------------
 
     def append(self, padded: bool) -> None:
         m = self.rng.choice([1, 1, 2, 5])
@@ -126,7 +126,8 @@ class Both:
             n = min(len(head) for row in rows for head in row.open) // 2
             if not n:
                 return
-            content = Rectangle(slots.keys[:, :, :n], slots.values[:, :, :n], {k: x[:, :, :n] for k, x in slots.side.items()})
+            side = {name: x[:, :, :n] for name, x in slots.side.items()}
+            content = Rectangle(slots.keys[:, :, :n], slots.values[:, :, :n], side)
             slots.seal(Plain(content), n)
             for row in rows:
                 row.sealed = [[*old, *new[:n]] for old, new in zip(row.sealed, row.open, strict=True)]
@@ -134,16 +135,14 @@ class Both:
 
         self._policy(seal)
 
-    # -- help --------------------------------------------------------------------------------------------------------------
+    # -- help ----------------------------------------------------------------------------------------------------------
 
     def _policy(self, act: Callable[[Slots, list[Row]], None], some: bool = False) -> None:
         """Run a policy; some: where rows run one by one, it may leave rows alone."""
         if not self.seen:
             return
-        if self.layer.padded:
-            opened = [(b, self.layer.open(b)) for b in range(len(self.rows))]
-        else:
-            opened = [(None, self.layer.open())]
+        each = range(len(self.rows)) if self.layer.padded else [None]
+        opened = [(b, self.layer.open(b)) for b in each]
         for b, slots in opened:
             rows = self.rows if b is None else [self.rows[b]]
             assert _entries(Rectangle(slots.keys, slots.values, slots.side, slots.valid)) == [row.open for row in rows]
@@ -175,7 +174,8 @@ class Both:
             if self.layer.padded:
                 self.layer.states.get("cache", b)["name"] = torch.tensor([row.name], dtype=torch.float64)
         if not self.layer.padded:
-            self.layer.states.get("cache", None)["name"] = torch.tensor([r.name for r in self.rows], dtype=torch.float64)
+            names = torch.tensor([row.name for row in self.rows], dtype=torch.float64)
+            self.layer.states.get("cache", None)["name"] = names
 
     def check(self) -> None:
         layer = self.layer

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.cache.plain import Plain
+from tests.cache.single import Single, random_qkv
 from torch import Tensor
 
 from saccade.cache import PackedSegment, Rectangle
 from saccade.core import CachePolicy, Info, LayerContext, StoredKV
 from saccade.ops import attend
-from tests.cache.plain import Plain
-from tests.cache.single import Single, random_qkv
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thin(CachePolicy):
-    """Keeps other entries in each head: every third, or every second; with `sealed`, encodes the 5 oldest of what is left."""
+    """Keeps other entries in each head: every third, or every second; with `sealed`, encodes the 5 oldest of what is
+    left."""
 
     info = Info(slug="thin", phase="cache", frees_memory=True)
     ragged: bool = True
@@ -113,7 +114,8 @@ def test_a_new_segment_must_hold_what_it_replaces() -> None:
     single = Single(None)
     single.feed(q, k, v)
     slots = single.layer.open()
-    part = Rectangle(slots.keys[:, :, :3], slots.values[:, :, :3], {name: x[:, :, :3] for name, x in slots.side.items()})
+    side = {name: x[:, :, :3] for name, x in slots.side.items()}
+    part = Rectangle(slots.keys[:, :, :3], slots.values[:, :, :3], side)
     with pytest.raises(ValueError, match=r"seal\(4\) with a segment of 3 entries over 20"):
         slots.seal(Plain(part), 4)
     with pytest.raises(ValueError, match="expected"):

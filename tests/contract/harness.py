@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import saccade
+from saccade.attach import Session
 from saccade.core import Info, Plan, format_spec
 from saccade.methods import build, load_all
 from tests.contract.models import tiny
@@ -49,7 +50,7 @@ def plan(family: str, spec: str, dtype: torch.dtype) -> Plan | None:
     return saccade.calibrate(tiny(family, dtype), spec, [tokens(2, 96, seed=9)])
 
 
-def attached(spec: str, family: str = "llama", dtype: torch.dtype = torch.float64, when: str = "prompt") -> saccade.attach:
+def attached(spec: str, family: str = "llama", dtype: torch.dtype = torch.float64, when: str = "prompt") -> Session:
     """`attach` with the method in its place and its plan, on the tiny model of a family."""
     phase = build(spec).info.phase
     return saccade.attach(tiny(family, dtype), **{phase: spec}, plan=plan(family, spec, dtype), when=when)

@@ -23,7 +23,10 @@ _CONFIGS = {
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16, "sliding_window": 32, "num_hidden_layers": 4}),
     "gemma3": (
         "Gemma3TextConfig",
-        {"query_pre_attn_scalar": 16, "sliding_window": 32, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {
+            "query_pre_attn_scalar": 16, "sliding_window": 32, "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
     ),
     "phi3": ("Phi3Config", {"num_key_value_heads": 2, "hidden_size": 96}),
     "gpt-neox": ("GPTNeoXConfig", {"hidden_size": 96}),

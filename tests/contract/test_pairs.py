@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 import torch
 
 import saccade
+from saccade.attach import Session
 from tests.contract.harness import METHODS, greedy, info, llama, opened, plan, sparse, tokens
 
 PAIRS = [(a, b) for a, b in combinations(sorted(METHODS), 2) if info(a).phase != info(b).phase]
@@ -18,7 +20,7 @@ def refused(a: str, b: str) -> bool:
     return {info(a).phase, info(b).phase} == {"cache", "decode"} and (info(a).encodes or info(b).encodes)
 
 
-def both(a: str, b: str, spec) -> saccade.attach:  # noqa: ANN001
+def both(a: str, b: str, spec: Callable[[str], str]) -> Session:
     specs = {info(slug).phase: spec(slug) for slug in (a, b)}
     plans = [found for s in specs.values() if (found := plan("llama", s, torch.float64)) is not None]
     return saccade.attach(llama(), **specs, plan=plans or None)

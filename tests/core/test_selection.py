@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
@@ -95,7 +96,7 @@ def test_union_and_intersection_are_those_of_the_masks(both: tuple[Case, Case]) 
         assert torch.equal(*torch.broadcast_tensors(both_read.dense_mask(), _over(a, b, torch.logical_and)))
 
 
-def _over(a: Case, b: Case, combine) -> torch.Tensor:  # noqa: ANN001 (a torch function)
+def _over(a: Case, b: Case, combine: Callable[..., torch.Tensor]) -> torch.Tensor:
     heads = math.lcm(a.mask.shape[1], b.mask.shape[1])
     return combine(*(c.mask.repeat_interleave(heads // c.mask.shape[1], dim=1) for c in (a, b)))
 
@@ -186,7 +187,7 @@ def test_the_transposed_lists_mean_the_same(case: Case) -> None:
     assert by_key.query_tiles.shape[2] == math.ceil(s.n_k / by_key.block_k)
 
 
-@few
+@settings(max_examples=20, deadline=None)
 @given(cases())
 def test_the_flex_mask_means_the_same(case: Case) -> None:
     s = case.selection
@@ -306,7 +307,7 @@ def test_expanding_repeats_over_groups(case: Case, group: int) -> None:
 
 def test_wrong_lists_are_refused() -> None:
     ids = torch.zeros(1, 1, 2, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected .*1, M"):
+    with pytest.raises(ValueError, match=r"expected .*1, M"):
         Selection.from_parts(n_q=4, n_k=8, block_q=4, tokens=ids)
     with pytest.raises(ValueError, match="none was given"):
         Selection.from_parts(n_q=4, n_k=8, block_q=2)

@@ -56,9 +56,7 @@ def test_a_file_of_the_users_becomes_a_grammar(tmp_path: Path) -> None:
     assert found.words == grammar().words
 
 
-@pytest.mark.parametrize(
-    ("content", "says"), [(None, "does not exist"), (b"short", "has 5 bytes"), (b"\xff" * 5000, "is not UTF-8")]
-)
+@pytest.mark.parametrize(("content", "says"), [(None, "does not exist"), (b"short", "has 5 bytes"), (b"\xff" * 5000, "is not UTF-8")])
 def test_a_bad_file_is_refused_in_a_sentence(tmp_path: Path, content: bytes | None, says: str) -> None:
     path = tmp_path / "mine.txt"
     if content is not None:

@@ -76,7 +76,9 @@ def test_reference_is_the_formula() -> None:
                 assert got.lse is not None and torch.allclose(got.lse[b, h, i], torch.logsumexp(logits, 0))
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 2, 64, 64, 16, 16), (1, 4, 4, 33, 90, 16, 24), (2, 4, 2, 1, 50, 16, 16), (1, 2, 1, 300, 300, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 2, 64, 64, 16, 16), (1, 4, 4, 33, 90, 16, 24), (2, 4, 2, 1, 50, 16, 16), (1, 2, 1, 300, 300, 32, 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [True, False])
 def test_error_is_that_of_dense_attention(shape: tuple[int, ...], dtype: torch.dtype, causal: bool) -> None:
@@ -128,7 +130,8 @@ def test_reference_gradients() -> None:
 def test_nothing_unlisted_is_touched() -> None:
     """Keys outside the selection are NaN: a path that reads them and masks afterwards shows it."""
     q, k, v = (x.float() for x in inputs(1, 4, 2, 64, 64, 16, 16))
-    s = Selection.from_block_mask(torch.eye(4, dtype=torch.bool)[None, None] | (torch.arange(4) == 0), block_q=16, block_k=16, n_q=64, n_k=64)
+    mask = torch.eye(4, dtype=torch.bool)[None, None] | (torch.arange(4) == 0)
+    s = Selection.from_block_mask(mask, block_q=16, block_k=16, n_q=64, n_k=64)
     clean = attend(q, k, v, s)
     unread = ~s.dense_mask()[0, 0].any(0)
     only_first = Selection.from_positions(torch.zeros(1, 1, 64, 1, dtype=torch.int32), n_q=64, n_k=64)
@@ -161,7 +164,8 @@ def test_last_run_says_what_ran() -> None:
 @pytest.mark.slow
 def test_flex_equals_reference() -> None:
     q, k, v = (x.float() for x in inputs(1, 4, 2, 256, 256, 32, 32))
-    s = Selection.from_block_mask(torch.rand(1, 4, 2, 2) < 0.7, block_q=128, block_k=128, n_q=256, n_k=256) | Selection.window(256, 256, 5, block_q=128)
+    tiles = Selection.from_block_mask(torch.rand(1, 4, 2, 2) < 0.7, block_q=128, block_k=128, n_q=256, n_k=256)
+    s = tiles | Selection.window(256, 256, 5, block_q=128)
     got = attend(q, k, v, s, impl="flex")
     assert saccade.last_run().impl == "flex"
     assert torch.allclose(got.out, attend(q, k, v, s, impl="reference").out, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,7 +122,7 @@ def test_constant_vectors_are_exact(bits: int, dtype: torch.dtype, value: float)
 def test_more_bits_are_closer() -> None:
     x = random_values(3, 64, 128)
     errors = [float((dequantise(*affine_quantise(x, bits)) - x).norm()) for bits in range(1, 9)]
-    assert all(a > 1.8 * b for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a > 1.8 * b for a, b in pairwise(errors))
 
 
 @few

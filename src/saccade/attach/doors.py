@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from saccade.attach.session import _SESSIONS, Session
 from saccade.attach.models import attention_modules
+from saccade.attach.session import _SESSIONS, Session
 from saccade.core import CachePolicy, Decode, LayerContext, Method, Plan, Prefill, Selection, check_attention_inputs
 from saccade.methods import build
 from saccade.ops import attend, decode
@@ -40,9 +40,11 @@ def attach(
     Inside the block `model(**inputs)`, `model.generate(**inputs)`, chunked prefill, beam search, padding, later turns and prompt lookup
     work as they do without it. `handle.stats()` says what ran. Raises ValueError when the model or a combination can't be attached.
     """
-    methods = [None if m is None or m == "dense" else build(m) for m in (prefill, decode, cache)]
+    def method(given: str | Method | None) -> Any:
+        return None if given is None or given == "dense" else build(given)
+
     plans = {p.slug: p for p in _plans(plan)}
-    return Session(model, *methods, plans, when, impl, seed)  # pyright: ignore[reportArgumentType]
+    return Session(model, method(prefill), method(decode), method(cache), plans, when, impl, seed)
 
 
 def _plans(plan: PlanLike | Iterable[PlanLike] | None) -> list[Plan]:
@@ -73,11 +75,11 @@ def attention(
     methods that treat layers differently. Cache policies need a model and are refused here. `saccade.last_run()` says what ran.
     """
     layout = check_attention_inputs(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = None if method == "dense" else build(method)
 
     def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None) -> Tensor:
-        return attend(q, k, v, selection, causal=causal, scale=scale, softcap=softcap, impl=impl).out  # pyright: ignore[reportArgumentType]
+        return attend(q, k, v, selection, causal=causal, scale=factor, softcap=softcap, impl=impl).out  # pyright: ignore[reportArgumentType]
 
     if chosen is None:
         return run(q, k, v, None)
@@ -87,7 +89,7 @@ def attention(
     if "calibration" in chosen.info.needs and not plans:
         raise ValueError(f"{chosen.info.slug} needs a calibration plan: pass plan=")
     ctx = LayerContext(
-        layer=layer, layers=layers, layout=layout, scale=scale, softcap=softcap, attend=run, seen=k.shape[2],
+        layer=layer, layers=layers, layout=layout, scale=factor, softcap=softcap, attend=run, seen=k.shape[2],
         plan=plans[0] if plans else None, seed=seed,
     )  # fmt: skip
     if isinstance(chosen, Prefill):
@@ -98,7 +100,7 @@ def attention(
         if chosen.layer_policy(layer, layers) == "dense":
             return run(q, k, v, None)
         chosen.observe(ctx, k, v, 0)
-        return decode(q, k, v, chosen.select(ctx, q), scale=scale, softcap=softcap).out
+        return decode(q, k, v, chosen.select(ctx, q), scale=factor, softcap=softcap).out
     raise ValueError(f"{chosen.info.slug} changes a model's cache: use saccade.attach(model, cache={chosen.spec!r})")
 
 

@@ -90,10 +90,8 @@ class LayerRunner:
             if joined.valid is not None:
                 raise ValueError(f"{method.info.slug} needs heads that hold equally many entries, which this cache policy does not keep")
             k, v, segments = joined.keys, joined.values, []
-        if phase == "decode":
-            out = self._few(ctx, layer, q, k, v, segments, row)
-        else:
-            out = self._many(ctx, q, k, v, segments, row)
+        few = phase == "decode"
+        out = self._few(ctx, layer, q, k, v, segments, row) if few else self._many(ctx, q, k, v, segments, row)
         return _scatter(out, real, call.q.shape[2])
 
     def _entries(self, call: LayerCall, layer: KVLayer, row: int | None) -> tuple[Tensor, Tensor]:
@@ -157,16 +155,16 @@ class LayerRunner:
         if policy == "dense":
             return None
         if isinstance(policy, int):
-            if ("selection", policy) not in ctx.shared:
+            if (name := f"selection of layer {policy}") not in ctx.shared:
                 raise ValueError(f"layer {self.layer} reuses the selection of layer {policy}, which has made none in this step")
-            return ctx.shared["selection", policy]
+            return ctx.shared[name]
         bookkeeping = layer.states.get("observed", row)
         start = bookkeeping.get("n", 0)
         if start < k.shape[2]:
             self.decode.observe(ctx, k[:, :, start:], v[:, :, start:], start)
             bookkeeping["n"] = k.shape[2]
         selection = self.decode.select(ctx, q)
-        ctx.shared["selection", self.layer] = selection
+        ctx.shared[f"selection of layer {self.layer}"] = selection
         return selection
 
     # -- cache policies ----------------------------------------------------------------------------------------------------

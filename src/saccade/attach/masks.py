@@ -32,7 +32,7 @@ class MaskCall:
         """The mask that `implementation` would have been given."""
         if implementation not in self._built:
             known = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-            function = known[implementation] if implementation in known else eager_mask
+            function = known.get(implementation, eager_mask)
             self._built[implementation] = function(**self._arguments)
         return self._built[implementation]
 

@@ -70,12 +70,13 @@ def check_methods(model: PreTrainedModel, methods: dict[str, Method | None]) -> 
         if method is not None and not isinstance(method, kinds[place]):
             raise ValueError(f"{method.info.slug} acts on the {method.info.phase} phase: pass it as {method.info.phase}=, not {place}=")
     policy, decode = methods.get("cache"), methods.get("decode")
-    encodes = policy is not None and policy.info.encodes
-    if encodes and caches_latents(model):
+    if policy is None or not policy.info.encodes:
+        return
+    if caches_latents(model):
         raise ValueError(
             f"{policy.info.slug} encodes keys and values head by head, {type(model).__name__} caches one latent for all heads"
         )
-    if encodes and decode is not None:
+    if decode is not None:
         raise ValueError(
             f"{decode.info.slug} picks single entries of a full-precision cache and {policy.info.slug} encodes them: use one of the two"
         )

@@ -152,7 +152,7 @@ class Session:
 
     def _install(self, cache: Cache, mask: Tensor | None) -> int:
         """Put KVLayers in place of the plain layers of a dynamic cache; returns the tokens seen."""
-        if not isinstance(cache, Cache) or cache.is_compileable and len(cache.layers) > 0 or cache.offloading:
+        if not isinstance(cache, Cache) or (cache.is_compileable and len(cache.layers) > 0) or cache.offloading:
             raise ValueError(f"an attached model works on a DynamicCache without offloading, not on {type(cache).__name__}")
         if not cache.layers:
             cache.layers = DynamicCache(config=text_config(self.model)).layers
@@ -170,7 +170,7 @@ class Session:
         if fresh:
             self._cache = weakref.ref(cache)
             self.reset()
-        return int(cache.layers[self.managed[0]].get_seq_length())
+        return int(cache.get_seq_length(self.managed[0]))
 
     def _live_layers(self) -> dict[int, KVLayer]:
         cache = self.cache
@@ -241,5 +241,6 @@ def _original_attention(
 ) -> Tensor:
     """A layer that is left alone runs what the model used before."""
     modeling = inspect.getmodule(type(module))
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(modeling, "eager_attention_forward", None))
+    eager: Any = getattr(modeling, "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return function(module, q, k, v, mask, **options)[0]

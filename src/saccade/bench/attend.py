@@ -65,8 +65,8 @@ def _errors(q: Tensor, k: Tensor, v: Tensor, selection: Selection, impl: str) ->
     tail = q[:, :, -last.n_q :]
     exact = attend(tail.float(), k.float(), v.float(), last, impl="reference").out
     ours = attend(q, k, v, selection, impl=impl).out[:, :, -last.n_q :].float()  # pyright: ignore[reportArgumentType]
-    wide = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+    wide_k, wide_v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     mask = last.expand(1, q.shape[1]).dense_mask()
-    dense = F.scaled_dot_product_attention(tail, *wide, attn_mask=mask).float()
+    dense = F.scaled_dot_product_attention(tail, wide_k, wide_v, attn_mask=mask).float()
     error, allowed = float((ours - exact).abs().max()), 2 * float((dense - exact).abs().max()) + 1e-6
     return {"error": error, "allowed": allowed, "ok": error <= allowed}

@@ -41,8 +41,8 @@ def bench_decode(
     if check:
         exact = decode(q.float(), k.float(), v.float(), selection, impl="reference").out
         wide = [x.repeat_interleave(layout.group, 1) for x in (k, v)]
-        picked = [torch.gather(x, 2, selection.tokens[0, :, 0].long()[None, :, :, None].expand(-1, -1, -1, dim)) for x in wide]
-        dense = F.scaled_dot_product_attention(q, *picked).float()
+        near_k, near_v = [torch.gather(x, 2, selection.tokens[0, :, 0].long()[None, :, :, None].expand(-1, -1, -1, dim)) for x in wide]
+        dense = F.scaled_dot_product_attention(q, near_k, near_v).float()
         error, allowed = float((ours - exact).abs().max()), 2 * float((dense - exact).abs().max()) + 1e-6
         result["check"] = {"error": error, "allowed": allowed, "ok": error <= allowed}
     return result

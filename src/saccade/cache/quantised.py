@@ -5,8 +5,8 @@ Every entry belongs to a class, in every key/value head on its own or for all he
 - values: token by token, channel-separable. With `c = sqrt(max_t |V[t]|)` per channel of a head over all entries, `V / c` has one
   minimum and one span for each (row, token), over all heads and channels; the step is `span / (2^bits - 1)` with the bits of the
   class that the token has in that head. So a token that is salient in one head only needs no parameters of its own there,
-  and the parameters are H * Dv + 2 T numbers a row, whatever the classes. The public code of ZipCache gathers each head's class first, so that
-  one "token" of its min/max mixes different tokens of different heads; here it is the same token in every head.
+  and the parameters are H * Dv + 2 T numbers a row, whatever the classes. The public code of ZipCache gathers each head's class
+  first, so that one "token" of its min/max mixes different tokens of different heads; here it is the same token in every head.
 - 16 bits means stored as it is.
 """
 
@@ -49,8 +49,8 @@ class QuantisedSegment(Segment):
     ) -> QuantisedSegment:
         """keys `(B, H, n, D)`, values `(B, H, n, Dv)`, side arrays `(B, H, n)` with ascending "positions".
 
-        classes `(B, H or 1, n)` uint8: the class of each slot, in every row and head equally often. bits: of each class, 1, 2, 3, 4, 8, or 16 for
-        "as it is". Raises ValueError when these don't fit, or for keys or values that are not finite.
+        classes `(B, H or 1, n)` uint8: the class of each slot, in every row and head equally often. bits: of each class, 1, 2, 3,
+        4, 8, or 16 for "as it is". Raises ValueError when these don't fit, or for keys or values that are not finite.
         """
         _check(keys, classes, bits)
         width = keys.shape[1]

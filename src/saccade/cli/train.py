@@ -18,7 +18,7 @@ class Recipe(StrEnum):
 def command(
     recipe: Annotated[Recipe, typer.Argument(help="pocket: minutes on one or two GPUs; tiny: seconds on a CPU, to try the recipe.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed.")],
-    seconds: Annotated[float, typer.Option("--seconds", help="pocket: length of the run.", min=10)] = 960.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="pocket: length of the run.", min=10)] = 282.0,
     steps: Annotated[int, typer.Option("--steps", help="tiny: length of the run.", min=1)] = 16,
     examine: Annotated[bool, typer.Option("--examine/--no-examine", help="pocket: score the model by length at the end.")] = True,
 ) -> None:
@@ -30,7 +30,8 @@ def command(
 
     from saccade.cli.console import console, write
     from saccade.core.files import atomic_write
-    from saccade.train.pocket import pocket_config, tiny_config, train
+    from saccade.train.config import pocket_config, tiny_config
+    from saccade.train.pocket import train
     from saccade.train.report import full_report, held_out_grammar
 
     folder = out.parent
@@ -55,7 +56,8 @@ def command(
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, local_files_only=True).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, local_files_only=True)
+    model = model.to(device).eval()
     scores = full_report(model, *held_out_grammar())
     with atomic_write(weights / "report.json") as temporary:
         temporary.write_text(json.dumps(scores, indent=1) + "\n")

@@ -92,4 +92,6 @@ class Budget:
         return torch.minimum(exact.ceil().long().clamp(min=1), available)
 
     def __str__(self) -> str:
-        return str(self.amount) if not isinstance(self.amount, Mass) else f"Mass({self.amount.share})"
+        if isinstance(self.amount, Mass):
+            return f"Mass({self.amount.share})"
+        return f"Threshold({self.amount.value})" if isinstance(self.amount, Threshold) else str(self.amount)

@@ -34,10 +34,12 @@ class LayerContext:
 
     layer, layers: index of this layer and their number. layout: head counts and dims as attention sees them.
     scale: factor on q.k before softmax. softcap: `cap * tanh(logit / cap)` where the model uses one.
-    seen: tokens of the sequence so far, those of this call included. rotary: the model's rotary embedding, None where it has none
-    or one that can't be turned further. plan: what calibration found, or None. state: this layer's own per-sequence state; tensors in it have the batch first,
-    other objects offer `reorder(rows)`. shared: across the layers of one forward pass. attend: runs softmax attention over a
-    selection with this layer's scale and softcap (None: dense) and notes what ran. seed: for methods that sample.
+    seen: tokens of the sequence so far, those of this call included.
+    rotary: the model's rotary embedding, None where it has none or one that can't be turned further.
+    plan: what calibration found, or None. state: this layer's own per-sequence state;
+    tensors in it have the batch first, other objects offer `reorder(rows)`. shared: across the layers of one forward pass.
+    attend: runs softmax attention over a selection with this layer's scale and softcap (None: dense) and notes what ran.
+    seed: for methods that sample.
     """
 
     layer: int
@@ -62,5 +64,6 @@ class LayerContext:
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator fixed by seed, layer and tokens seen: the same run draws the same numbers."""
         generator = torch.Generator(device=device)
-        generator.manual_seed((self.seed * 1_000_003 + self.layer) * 1_000_003 + self.seen)
+        # a prime below 2^63 keeps any seed in torch's range
+        generator.manual_seed(((self.seed * 1_000_003 + self.layer) * 1_000_003 + self.seen) % (2**63 - 25))
         return generator

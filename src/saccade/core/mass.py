@@ -18,7 +18,7 @@ def covered_mass(selection: Selection, q: Tensor, k: Tensor, scale: float | None
 
     q `(B, Hq, n_q, D)`, k `(B, Hk, n_k, D)`. Work is that of dense attention: a measurement, not part of any method.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     batch, heads, n_q, _ = q.shape
     group = heads // k.shape[1]
     keys = torch.arange(selection.n_k, device=q.device)
@@ -27,7 +27,7 @@ def covered_mass(selection: Selection, q: Tensor, k: Tensor, scale: float | None
     for begin in range(0, n_q, ROWS):
         rows = torch.arange(begin, min(begin + ROWS, n_q), device=q.device)
         q_rows = q[:, :, rows].float().unflatten(1, (-1, group))
-        logits = (q_rows @ k.float().unsqueeze(2).mT).flatten(1, 2) * scale
+        logits = (q_rows @ k.float().unsqueeze(2).mT).flatten(1, 2) * factor
         if selection.causal:
             logits = logits.masked_fill(keys > (rows + selection.offset)[:, None], -torch.inf)
         seen = (logits > -torch.inf).any(-1)

@@ -23,7 +23,8 @@ T = TypeVar("T", bound="type[Method]")
 class Info:
     """Facts about a method, from which listings, errors and the contract matrix are made.
 
-    phase: where it acts. encodes: whether it stores entries in another form than full precision. needs: of "queries", "weights" (attention probabilities), "calibration", "training".
+    phase: where it acts. encodes: whether it stores entries in another form than full precision. needs: of "queries", "weights"
+    (attention probabilities), "calibration", "training".
     frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
     causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
     tiny: fields for short test sequences. opts_out: contract axis to the reason why it does not hold for this method.
@@ -137,7 +138,7 @@ class StoredKV(Protocol):
 class CachePolicy(Method):
     """Makes the stored cache smaller: drops, merges or re-encodes entries."""
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:  # noqa: B027 (an optional hook)
+    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         """After each attention call: q `(B, Hq, m, D)` are its queries, whose own keys are the last m entries of kv."""
 
     @abstractmethod

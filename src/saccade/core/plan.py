@@ -42,7 +42,9 @@ class Plan:
         """Write one safetensors file whose header carries the JSON facts."""
         facts = {"schema": SCHEMA, "slug": self.slug, "spec": self.spec, "fingerprint": self.fingerprint, "notes": self.notes}
         with atomic_write(path) as temporary:
-            save_file({k: t.contiguous().cpu() for k, t in self.tensors.items()}, temporary, metadata={"plan": json.dumps(facts)})
+            # copies, because safetensors refuses entries that share storage
+            own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in self.tensors.items()}
+            save_file(own, temporary, metadata={"plan": json.dumps(facts)})
         return Path(path)
 
     @classmethod
@@ -57,11 +59,13 @@ class Plan:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise ValueError(f"{path} is not a saccade plan: {error}") from None
-        if facts.get("schema") != SCHEMA:
+        if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
             raise ValueError(f"{path} is not a saccade plan of version {SCHEMA!r}: calibrate again")
-        return cls(
-            slug=facts["slug"], spec=facts["spec"], fingerprint=facts["fingerprint"], tensors=tensors, notes=facts["notes"]
-        )
+        kinds = {"slug": str, "spec": str, "fingerprint": str, "notes": dict}
+        for name, kind in kinds.items():
+            if not isinstance(facts.get(name), kind):
+                raise ValueError(f"{path} is not a saccade plan: its header has no proper {name!r}, so calibrate again")
+        return cls(tensors=tensors, **{name: facts[name] for name in kinds})
 
     def check_model(self, model: nn.Module) -> None:
         """ValueError when the plan was made for another model."""

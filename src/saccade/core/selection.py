@@ -72,7 +72,9 @@ class Selection:
             raise ValueError("a Selection needs tile starts, single tokens, or both: none was given")
         for name, ids in (("starts", starts), ("tokens", tokens)):
             if ids is not None and (ids.ndim != 4 or ids.shape[2] != tiles):
-                raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected (B, H, {tiles}, M) for {n_q} queries in tiles of {block_q}")
+                raise ValueError(
+                    f"{name} has shape {tuple(ids.shape)}: expected (B, H, {tiles}, M) for {n_q} queries in tiles of {block_q}"
+                )
         if log_weight is not None and (tokens is None or log_weight.shape != tokens.shape):
             raise ValueError("log_weight must have the shape of tokens")
         empty = torch.full((*given.shape[:3], 0), n_k, dtype=torch.int32, device=given.device)

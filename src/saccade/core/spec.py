@@ -29,7 +29,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     if not rest:
         return slug, {}
     if not (rest.startswith("(") and rest.endswith(")")):
-        raise ValueError(f"{shown} is not a method with arguments: write them like '{slug}(budget=0.25)'")
+        raise ValueError(f"{shown} is not a method with arguments: write them like '{slug[:_SHOWN]}(budget=0.25)'")
     source = f"f{rest}"
     try:
         call = ast.parse(source, mode="eval").body

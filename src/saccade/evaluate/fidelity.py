@@ -34,18 +34,14 @@ class Fidelity:
 
 
 @torch.no_grad()
-def measure(
-    model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender]
-) -> dict[str, Fidelity]:
+def measure(model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender]) -> dict[str, Fidelity]:
     """Fidelity of every contender, by spec, from one dense run over `ids`.
 
     The first `prompt` tokens are the prompt, at whose end cache policies act; at most LAST of the tokens after it,
     the last ones, are tested one by one, and there must be at least one. Dense contenders are left out.
     """
     if not 0 < prompt < len(ids):
-        raise ValueError(
-            f"a prompt of {prompt} tokens in a sequence of {len(ids)}: at least one token must follow the prompt"
-        )
+        raise ValueError(f"a prompt of {prompt} tokens in a sequence of {len(ids)}: at least one token must follow the prompt")
     found = {contender.spec: Fidelity() for contender in contenders if not contender.dense}
     shared: dict[str, dict[int, dict[Any, Any]]] = {spec: {} for spec in found}
 
@@ -55,9 +51,7 @@ def measure(
             if fidelity is None or fidelity.broken:
                 continue
             try:
-                error, mass = _layer(
-                    LayerReplay(ctx, q, k, v, contender, shared[contender.spec]), out, prompt, contender
-                )
+                error, mass = _layer(LayerReplay(ctx, q, k, v, contender, shared[contender.spec]), out, prompt, contender)
             except Exception as problem:  # one method's failure must not cost the others their numbers
                 fidelity.broken = f"{type(problem).__name__}: {problem}"
             else:

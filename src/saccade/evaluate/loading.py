@@ -14,9 +14,7 @@ from transformers.utils import logging
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(
-    name: str, *, device: str | None = None, dtype: str | None = None, offline: bool = False
-) -> tuple[PreTrainedModel, Any]:
+def load_model(name: str, *, device: str | None = None, dtype: str | None = None, offline: bool = False) -> tuple[PreTrainedModel, Any]:
     """`(model, tokenizer)`, in eval mode on `device` (default: the GPU if there is one).
 
     name: "pocket", a folder, or a model of the Hugging Face hub. Only a hub name touches the network, and with
@@ -43,9 +41,7 @@ def load_model(
     try:
         with _quiet() if local or offline else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto" if dtype is None else DTYPES[dtype], **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else DTYPES[dtype], **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "from its folder" if local else "from the local cache" if offline else "from the hub"
         advice = "check the folder" if local else "check the name and the network, or give the folder of a saved model"
@@ -76,9 +72,7 @@ def _device(device: str | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here: use --device cpu")
     if place.type == "cuda" and place.index is not None and place.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs: use a lower number"
-        )
+        raise ValueError(f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs: use a lower number")
     return place
 
 

@@ -22,9 +22,7 @@ DECADES = 4  # the map shows attention mass from 10^-4 to 1
 
 
 @torch.no_grad()
-def picture(
-    model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender], text: str
-) -> dict[str, Any]:
+def picture(model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender], text: str) -> dict[str, Any]:
     """The "attention" part of a result: one dense run over `ids`, pooled, and the keys that each contender reads or
     keeps.
 

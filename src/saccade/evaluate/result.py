@@ -151,17 +151,13 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a result file. Raises ValueError when it is missing, no JSON, or of another schema."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
-            f"there is no result file at {path}: check the path, or make one with `saccade compare --json {path}`"
-        )
+        raise ValueError(f"there is no result file at {path}: check the path, or make one with `saccade compare --json {path}`")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is not JSON: give a file that `saccade compare --json` wrote") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or not isinstance(result.get("rows"), list):
-        raise ValueError(
-            f"{path} is not a comparison of schema {SCHEMA!r}: give a file that this version's `saccade compare` wrote"
-        )
+        raise ValueError(f"{path} is not a comparison of schema {SCHEMA!r}: give a file that this version's `saccade compare` wrote")
     return result
 
 
@@ -172,15 +168,9 @@ def check_resumable(old: dict[str, Any], new: dict[str, Any], path: str | Path) 
     Methods, tasks and lengths may differ: a resumed run adds the cells that are missing.
     """
     pairs = [
-        *(
-            (name, old.get("settings", {}).get(name), new["settings"][name])
-            for name in ("samples", "mode", "seed", "text")
-        ),
+        *((name, old.get("settings", {}).get(name), new["settings"][name]) for name in ("samples", "mode", "seed", "text")),
         ("model", old.get("model"), new["model"]),
-        *(
-            (name, old.get("environment", {}).get(name), new["environment"][name])
-            for name in ("device", "device_name", "dtype")
-        ),
+        *((name, old.get("environment", {}).get(name), new["environment"][name]) for name in ("device", "device_name", "dtype")),
     ]
     differ = [f"{name} {_short(before)} (now {_short(after)})" for name, before, after in pairs if before != after]
     if differ:

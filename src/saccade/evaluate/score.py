@@ -66,9 +66,7 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """The Wilson score interval of a proportion: `successes` of `n` trials (n >= 1)."""
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(
-            f"{successes} successes in {n} trials: expected 0 <= successes <= trials and at least one trial"
-        )
+        raise ValueError(f"{successes} successes in {n} trials: expected 0 <= successes <= trials and at least one trial")
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -18,10 +18,10 @@ def dots(q: Tensor, rows: Tensor) -> Tensor:
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, kv_heads, n, dim = rows.shape
-    queries = q.to(exact).reshape(batch * kv_heads, -1, dim)
+    queries = q.to(exact).reshape(batch * kv_heads, q.shape[1] // kv_heads, dim)
     flat = rows.flatten(0, 1)
     if flat.dtype == exact:
-        return (queries @ flat.mT).view(batch, -1, n)
+        return (queries @ flat.mT).view(batch, q.shape[1], n)
     step = max(1, CHUNK // max(1, n * dim * exact.itemsize))
     pieces = zip(queries.split(step), flat.split(step), strict=True)
-    return torch.cat([a @ as_exact(b, exact, "dots").mT for a, b in pieces]).view(batch, -1, n)
+    return torch.cat([a @ as_exact(b, exact, "dots").mT for a, b in pieces]).view(batch, q.shape[1], n)

@@ -23,8 +23,7 @@ def probabilities(
         logits = softcap * torch.tanh(logits / softcap)
     slots = torch.arange(n, device=k.device)
     own = torch.arange(m, device=k.device)[:, None] - m - behind
-    if valid is None:
-        hidden = slots > n + own
-    else:
+    hidden = slots > n + own
+    if valid is not None:
         hidden = (slots > valid.sum(-1)[:, :, None, None, None] + own) | ~valid[:, :, None, None]
     return torch.softmax(logits.masked_fill(hidden, -torch.inf), dim=-1)

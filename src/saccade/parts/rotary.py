@@ -9,11 +9,11 @@ from saccade.core import Rotary
 
 
 def turn(x: Tensor, shift: Tensor | int, rotary: Rotary) -> Tensor:
-    """Keys `x (..., n, D)` moved by `shift` positions (one number, or int `(..., n)`): rope(k, p) becomes rope(k, p +
-    shift).
+    """Keys `x (..., n, D)` moved by `shift` positions: rope(k, p) becomes rope(k, p + shift).
 
-    Turned in float32 (float64 for float64 keys) and returned in x's dtype. Channels after the first 2 * pairs stay as
-    they are. Raises ValueError when x has fewer channels than the rotary embedding turns.
+    shift: one number, or integers that broadcast to `(..., n)`. Turned in float32 (float64 for float64 keys) and
+    returned in x's dtype. Channels after the first 2 * pairs stay as they are. Raises ValueError when x has fewer
+    channels than the rotary embedding turns.
     """
     pairs = rotary.inv_freq.numel()
     if 2 * pairs > x.shape[-1]:

@@ -61,7 +61,7 @@ class ProbeQueries:
         self.indices = [indices[i] for i in wanted]
 
     def rows(self, seen: int, length: int) -> tuple[Tensor | None, Tensor]:
-        """The probe rows for the last `length` of `seen` tokens: queries `(B, Hq, P, D)` and their slots among those tokens, int64 `(P,)`."""
+        """The probe rows for the last `length` of `seen` tokens: queries `(B, Hq, P, D)`, and their slots among those tokens `(P,)`."""
         first = seen - length
         indices = torch.tensor(self.indices, dtype=torch.int64)
         probe = drawn(indices, self._drawn_share, self.seed) | (indices >= first + self._recent_from(length))
@@ -101,7 +101,7 @@ class ProbeQueries:
 def column_mass(q: Tensor, slots: Tensor, k: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
     """Attention that each of the keys k `(B, Hk, n, D)` gets from probe rows q `(B, Hq, P, D)`: float32 `(B, Hk, n)`.
 
-    Row i stands at slot `slots[i]` and sees the keys up to it; its softmax runs over those. Summed over rows and the query heads of a group.
+    Row i stands at slot `slots[i]` and sees the keys up to it; its softmax runs over those. Summed over rows and a group's query heads.
     """
     groups = k.shape[1]
     n = k.shape[2]

@@ -1,4 +1,4 @@
-"""The text that haystacks are cut from: the Python sources installed beside the interpreter, so nothing is downloaded."""
+"""The text that haystacks are cut from: the Python sources beside the interpreter: no downloads."""
 
 from __future__ import annotations
 

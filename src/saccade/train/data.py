@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -89,7 +90,7 @@ class TaskMix(IterableDataset[Sample]):
         if rng.random() < self.split_share and self.context >= 4 * SMALLEST_PART:
             cuts = sorted(rng.sample(range(self.context // SMALLEST_PART), rng.randint(1, 4)))
             edges = [0, *(SMALLEST_PART * cut for cut in cuts if cut), self.context]
-            parts = [high - low for low, high in zip(edges, edges[1:], strict=False)]
+            parts = [high - low for low, high in pairwise(edges)]
         return [self._problem(rng, n) for n in parts]
 
     def _problem(self, rng: Random, n: int) -> tuple[Kind, list[Piece]]:

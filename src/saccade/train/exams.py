@@ -7,6 +7,7 @@ bytes of weight `ANSWER` or `COPIED` are what is scored.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 from saccade.train import text as t
@@ -125,7 +126,7 @@ def noisy_depths(rng: Random, count: int) -> list[float]:
 
 def chain_lines(names: Sequence[str], value: str) -> list[str]:
     """The lines of a chain: the first name holds the value, every other name copies the one before it."""
-    copies = [t.variable_copy(name, other) for other, name in zip(names, names[1:], strict=False)]
+    copies = [t.variable_copy(name, other) for other, name in pairwise(names)]
     return [t.variable_sentence(names[0], value), *copies]
 
 

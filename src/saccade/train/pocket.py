@@ -10,19 +10,23 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from saccade.core.files import atomic_write
+from saccade.models.pocket import quiet
 from saccade.models.pocket.tokenizer import BOS, EOS, PAD, VOCABULARY, build_tokenizer
 from saccade.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from saccade.train.config import TrainConfig, pocket_config, tiny_config
 from saccade.train.corpus import common_words, load_corpus
 from saccade.train.data import TaskMix
 from saccade.train.distributed import Ranks, join
@@ -30,103 +34,10 @@ from saccade.train.muon import Muon
 from saccade.train.pieces import SCORED, TAG, Kind
 from saccade.train.text import Grammar
 
+__all__ = ["TrainConfig", "pocket_config", "tiny_config", "train"]
+
 AGREE_EVERY = 10  # steps between two looks at the first process's clock
 SHARD_BYTES = 13_500_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of training: until `until` (a share of the whole run), `tokens` a step in sequences of `context`.
-
-    `mix` and `letters` go to the `TaskMix`.
-    """
-
-    until: float
-    context: int
-    tokens: int
-    mix: tuple[float, ...]
-    letters: tuple[int, ...] = (4,)
-
-
-POCKET_PHASES = (
-    Phase(until=0.40, context=1024, tokens=131_072, mix=(0.19, 0.09, 0.14, 0.05, 0.53), letters=(1, 4, 4)),
-    Phase(until=0.58, context=4096, tokens=262_144, mix=(0.24, 0.12, 0.19, 0.06, 0.39), letters=(1, 4, 4)),
-    Phase(until=0.76, context=16384, tokens=262_144, mix=(0.27, 0.14, 0.23, 0.08, 0.28)),
-    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.16, 0.26, 0.08, 0.22)),
-)
-TINY_PHASES = (
-    Phase(until=0.5, context=128, tokens=1024, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
-    Phase(until=1.0, context=256, tokens=1024, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides a run. Give `seconds` or `steps`, the length of the run, not both."""
-
-    out: Path
-    phases: tuple[Phase, ...] = POCKET_PHASES
-    seconds: float | None = None
-    steps: int | None = None
-    stop_after: int | None = None  # leave after this many steps, with a checkpoint, as if the run was cut off
-    hidden: int = 384
-    mlp: int = 1024
-    layers: int = 8
-    query_heads: int = 6
-    kv_heads: int = 2
-    head_dim: int = 64
-    rate: float = 3e-3
-    warmup_steps: int = 100
-    decay_from: float = 0.60
-    final_rate: float = 0.03  # as a share of `rate`
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    exam_share: float = 0.2
-    split_share: float = 0.2
-    seed: int = 0
-    corpus_megabytes: float = 250.0
-    corpus_roots: tuple[Path, ...] | None = None
-    workers: int = 14
-    checkpoint_every: int = 400
-    log_every: int = 25
-    device: str | None = None
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.seconds is None) == (self.steps is None):
-            raise ValueError(f"seconds {self.seconds} and steps {self.steps} were given, expected exactly one of them")
-        ends = [phase.until for phase in self.phases]
-        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
-            raise ValueError(f"the phases end at {ends}, expected rising shares of the run, the last one 1.0")
-        for phase in self.phases:
-            if phase.tokens % phase.context:
-                raise ValueError(f"{phase.tokens} tokens a step are not a multiple of the context {phase.context}")
-
-
-def pocket_config(out: str | Path, seconds: float = 960.0) -> TrainConfig:
-    """The recipe of the shipped model: `seconds` of training on one or two GPUs."""
-    return TrainConfig(out=Path(out), seconds=seconds, compile=True)
-
-
-def tiny_config(out: str | Path, steps: int = 16) -> TrainConfig:
-    """A model of 0.1 M parameters that trains on a CPU in seconds: to try the recipe, not to use."""
-    return TrainConfig(
-        out=Path(out),
-        phases=TINY_PHASES,
-        steps=steps,
-        hidden=64,
-        mlp=128,
-        layers=2,
-        query_heads=2,
-        kv_heads=1,
-        head_dim=32,
-        warmup_steps=4,
-        corpus_megabytes=1.0,
-        workers=0,
-        checkpoint_every=1_000_000,
-        log_every=1,
-        device="cpu",
-    )
 
 
 def build_model(config: TrainConfig) -> LlamaForCausalLM:
@@ -211,9 +122,10 @@ def measure(hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, kin
 
 def export(model: LlamaForCausalLM, folder: Path) -> Path:
     """Write the weights in bfloat16, in shards under 14 MB, with the tokenizer: any `from_pretrained` can load it."""
-    shaped = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    shaped.load_state_dict(model.state_dict())
-    shaped.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    half = LlamaForCausalLM(model.config).bfloat16()
+    half.load_state_dict(model.state_dict())
+    with quiet():
+        half.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -250,7 +162,7 @@ class _Run:
         if ranks.rank == 0:
             config.out.mkdir(parents=True, exist_ok=True)
             self._trim_metrics()
-        self.loss = weighted_loss
+        self.loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = weighted_loss
         if config.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
@@ -275,9 +187,25 @@ class _Run:
                 share = self._share(began)
         self.batches = None
         self._save()
+        folder = config.out / "weights"
         if self.ranks.rank == 0:
-            export(self.model, config.out / "weights")
-        return config.out / "weights"
+            export(self.model, folder)
+            self._describe(folder)
+        return folder
+
+    def _describe(self, folder: Path) -> None:
+        device = self.ranks.device
+        made = {
+            "seconds": round(self.elapsed, 1),
+            "steps": self.step,
+            "tokens": self.tokens,
+            "processes": self.ranks.world,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        with atomic_write(folder / "training.json") as temporary:
+            temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
     def _share(self, began: float) -> float:
         if self.config.steps is not None:
@@ -321,7 +249,7 @@ class _Run:
         targets, weights = ids[:, 1:].contiguous(), weights[:, 1:].contiguous()
         table = self.model.lm_head.weight
         half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-        with half:
+        with half, self._attention():
             hidden = hidden_states(self.model, ids[:, :-1].contiguous())
             loss = self.loss(hidden, table, targets, weights)
         loss.backward()
@@ -337,6 +265,12 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return row
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        # One kernel, named: without flags to choose by, a step can never fall back to a slow one unnoticed.
+        if self.config.cudnn and self.ranks.device.type == "cuda":
+            return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+        return nullcontext()
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.ranks.rank:

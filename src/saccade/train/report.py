@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
+from saccade.core.files import atomic_write
 from saccade.models.pocket.tokenizer import BOS, BYTE_OFFSET
 from saccade.train import exams
 from saccade.train.corpus import common_words, load_corpus
@@ -22,6 +25,7 @@ from saccade.train.text import Grammar
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 DEPTHS = tuple((i + 0.5) / 6 for i in range(6))
 SEED = 7
+SCHEMA = "saccade.pocket-report/1"
 
 # Each exam takes (grammar, rng, length, number of the sample) and returns the pieces and the group it is counted in.
 Exam = Callable[[Grammar, Random, int, int], tuple[list[Piece], str]]
@@ -66,7 +70,7 @@ def score(model: PreTrainedModel, pieces: list[Piece], length: int, part: bool) 
 def exam_scores(
     model: PreTrainedModel, grammar: Grammar, lengths: Sequence[int] = LENGTHS, samples: int = 48
 ) -> dict[str, dict[str, Any]]:
-    """`{exam: {length: {"score", "samples", "groups": {group: score}}}}`; "copy" counts bytes, the others whole answers.
+    """`{exam: {length: {"score", "samples", "groups": {group: score}}}}`; "copy" counts bytes, others answers.
 
     The same seed gives the same samples for every model.
     """
@@ -112,7 +116,7 @@ def head_roles(model: PreTrainedModel, grammar: Grammar, length: int = 2048) -> 
     end = int(ids.ne(0).sum())
     stated = ((weights[:end] - STATED).abs() < 1e-6).nonzero().flatten()
     answer = (weights[:end] >= SCORED).nonzero().flatten()
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation("eager")
     try:
         inputs = ids[None, : end - 1].to(model.device)
@@ -125,6 +129,32 @@ def head_roles(model: PreTrainedModel, grammar: Grammar, length: int = 2048) -> 
         name: [[round(x, 3) for x in layer.tolist()] for layer in rows]
         for name, rows in (("sink", sink), ("retrieval", found))
     }
+
+
+def write_report(
+    folder: str | Path,
+    device: str = "cpu",
+    lengths: Sequence[int] = LENGTHS,
+    samples: int = 48,
+    megabytes: float = 250.0,
+) -> Path:
+    """Score the weights in `folder`, in bfloat16, on held-out sources of this machine; write `folder/report.json`.
+
+    `folder/training.json`, if there, goes into the report. At 32K a GPU is wanted: on two CPU cores a sample takes
+    ten seconds.
+    """
+    place = Path(folder)
+    model = LlamaForCausalLM.from_pretrained(place, dtype=torch.bfloat16, local_files_only=True)
+    model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    grammar, held_out = held_out_grammar(megabytes)
+    report: dict[str, Any] = {"schema": SCHEMA, "model": "pocket", "parameters": model.num_parameters()}
+    made = place / "training.json"
+    if made.exists():
+        report["training"] = json.loads(made.read_text(encoding="utf-8"))
+    report |= {"dtype": "bfloat16", **full_report(model, grammar, held_out, lengths, samples)}
+    with atomic_write(place / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return place / "report.json"
 
 
 def full_report(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.cache.single import Single, random_qkv
+from tests.contract.harness import error, greedy, llama, logits, tokens
 from torch import Tensor
 
 import saccade
 from saccade.core import Budget, CachePolicy
 from saccade.methods import build
-from saccade.methods.cache.h2o import MASS, H2O
+from saccade.methods.cache.h2o import H2O, MASS
 from saccade.methods.cache.streaming_llm import StreamingLLM
-from saccade.ops import attend
-from tests.cache.single import Single, random_qkv
-from tests.contract.harness import error, greedy, llama, logits, tokens
 
 
 def simulated(
@@ -147,7 +146,7 @@ def task(policy: CachePolicy | None) -> tuple[list[list[int]], Tensor]:
     """Entry 30 of 200 is looked at by everyone and holds the answer, in channel 3 of its value; then come 20 steps."""
     q, k, v = random_qkv(220, sharp=0.5)
     q[..., 0], k[..., 0] = 4.0, 0.0
-    k[:, :, 30, 0] = 4.0
+    k[:, :, 30, 0] = 6.0
     v = 0.1 * v
     v[:, :, 30, 3] = 1.0
     single = Single(policy)
@@ -175,7 +174,8 @@ def test_sums_are_float32_in_bfloat16_models() -> None:
     mass = single.layer.open().side.get(MASS)
     assert mass is not None and mass.dtype == torch.float32
     rows = (q.float().unflatten(1, (2, 2)) @ k.float().unsqueeze(2).mT) * 8**-0.5
-    exact = rows.double().masked_fill(torch.ones(400, 400, dtype=torch.bool).triu(1), -torch.inf).softmax(-1).sum((2, 3))
+    hidden = torch.ones(400, 400, dtype=torch.bool).triu(1)
+    exact = rows.double().masked_fill(hidden, -torch.inf).softmax(-1).sum((2, 3))
     # the newest 16 rows wait for the next call; a row adds at most its whole weight
     assert float((exact - mass).sum(-1).max()) == pytest.approx(2 * 16, rel=1e-4)
 

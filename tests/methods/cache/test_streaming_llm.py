@@ -7,6 +7,10 @@ import math
 import pytest
 import torch
 import transformers
+from tests.cache.single import Single, random_qkv
+from tests.contract.harness import error, greedy, llama, logits, tokens
+from tests.contract.models import tiny
+from tests.methods.cache.needles import found, pocket, prompts, streams
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,10 +21,6 @@ from saccade.methods.cache.streaming_llm import TURNED, StreamingLLM
 from saccade.ops import attend
 from saccade.ops.attend import ExtraKeys
 from saccade.parts.rotary import turn
-from tests.cache.single import Single, random_qkv
-from tests.contract.harness import error, greedy, llama, logits, tokens
-from tests.contract.models import tiny
-from tests.methods.cache.needles import found, pocket, prompts, streams
 
 ROTARY = Rotary(1.0 / 100.0 ** (torch.arange(4) / 4))  # 4 pairs for head dim 8
 
@@ -119,9 +119,9 @@ def test_refused_where_keys_cannot_be_turned() -> None:
         vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
     )).eval()  # fmt: skip
-    cases = ((tiny("gpt2"), "no rotary embedding"), (dynamic, "no rotary embedding"), (tiny("deepseek-v3"), "one latent"))
-    for model, why in cases:
-        with pytest.raises(ValueError, match=f"{why}.*positions="), saccade.attach(model, cache="streaming-llm(window=16)"):
+    without, latents = "no rotary embedding.*positions=", "one latent.*positions="
+    for model, why in ((tiny("gpt2"), without), (dynamic, without), (tiny("deepseek-v3"), latents)):
+        with pytest.raises(ValueError, match=why), saccade.attach(model, cache="streaming-llm(window=16)"):
             greedy(model, ids, 2)
         for spec in ('streaming-llm(window=16, positions="original")', "streaming-llm(sinks=0, window=16)"):
             with saccade.attach(model, cache=spec):
@@ -132,15 +132,16 @@ def test_layers_without_positions_keep_their_keys() -> None:
     """In SmolLM3 every fourth layer has no rotary embedding: its sinks must not be turned."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.SmolLM3Config(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )).eval()  # fmt: skip
     ids, cache = tokens(1, 60), DynamicCache(config=model.config)
     with torch.no_grad(), saccade.attach(model, cache="streaming-llm(sinks=4, window=16)") as handle:
         model(ids, past_key_values=cache)
         before = [layer.keys[:, :, :4].clone() for layer in cache.layers]
         handle.compress()
-    changed = [float((layer.keys[:, :, :4] - old).abs().max()) > 1e-3 for layer, old in zip(cache.layers, before, strict=True)]
+    after = [layer.keys[:, :, :4] for layer in cache.layers]
+    changed = [error(new, old) > 1e-3 for new, old in zip(after, before, strict=True)]
     assert changed == [True, True, True, False]
 
 
@@ -179,8 +180,8 @@ def recomputed(ids: Tensor, context: int, after: int, piece: int = 16) -> float:
 
 
 def test_pocket_needs_its_sinks() -> None:
-    """Bits per byte of streams five times as long as the cache: 0.99 dense, 1.17 with sinks,
-    1.30 with a window alone, 1.57 with a window recomputed."""
+    """Bits per byte of streams five times as long as the cache: 0.99 dense, 1.16 with sinks,
+    1.41 with a window alone, 1.65 with a window recomputed."""
     ids = streams(2, 320)
     dense = bits(None, ids, 64)
     window = bits("streaming-llm(sinks=0, window=64)", ids, 64)

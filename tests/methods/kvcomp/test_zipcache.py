@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.contract.models import tiny
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -21,7 +22,6 @@ from saccade.ops import attend
 from saccade.parts.keep import best_slots
 from saccade.parts.saliency import ProbeQueries, column_mass, drawn, normalised_saliency
 from saccade.train.text import insert_at_lines, needle_question, needle_sentence
-from tests.contract.models import tiny
 
 SHORT = "zipcache(interval=8)"
 

@@ -42,9 +42,7 @@ def build(spec: str | Task) -> Task:
     try:
         name, settings = parse_spec(spec)
     except ValueError as error:
-        raise ValueError(
-            f"the task {spec!r} can't be read: write it like 'needle' or 'needle(depths=(0.5,))'"
-        ) from error
+        raise ValueError(f"the task {spec!r} can't be read: write it like 'needle' or 'needle(depths=(0.5,))'") from error
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}: {_nearest(name, list(TASKS))}")
     known = [field.name for field in fields(TASKS[name])]

@@ -60,10 +60,7 @@ class Task(ABC):
         Raises ValueError below the task's `minimum`, and when the grammar's text is too short for the haystack.
         """
         if n_bytes < self.minimum:
-            raise ValueError(
-                f"task {self.name} needs a prompt of at least {self.minimum} bytes, not {n_bytes}: "
-                "ask for a greater length"
-            )
+            raise ValueError(f"task {self.name} needs a prompt of at least {self.minimum} bytes, not {n_bytes}: ask for a greater length")
         return self.draw(rng, grammar, n_bytes)
 
     @property
@@ -92,13 +89,9 @@ class DepthTask(Task):
 
     def __post_init__(self) -> None:
         if not isinstance(self.depths, tuple | list) or not self.depths:
-            raise ValueError(
-                f"task {self.name} got depths={self.depths!r}: give a tuple of shares in [0, 1], such as (0.5,)"
-            )
+            raise ValueError(f"task {self.name} got depths={self.depths!r}: give a tuple of shares in [0, 1], such as (0.5,)")
         if not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(
-                f"task {self.name} got depths={self.depths!r}: each must be a share of the context in [0, 1]"
-            )
+            raise ValueError(f"task {self.name} got depths={self.depths!r}: each must be a share of the context in [0, 1]")
         object.__setattr__(self, "depths", tuple(float(depth) for depth in self.depths))
 
     def at(self, index: int) -> Self:

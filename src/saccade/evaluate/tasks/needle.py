@@ -81,10 +81,7 @@ class NeedleMultikey(DepthTask):
 
     def draw(self, rng: Random, grammar: Grammar, n_bytes: int) -> Sample:
         depth, noun, taken = rng.choice(self.depths), rng.choice(NOUNS), set()
-        facts = [
-            (rng.random() if i else depth, fresh_key(rng, grammar, taken), grammar.value(rng))
-            for i in range(self.needles)
-        ]
+        facts = [(rng.random() if i else depth, fresh_key(rng, grammar, taken), grammar.value(rng)) for i in range(self.needles)]
         _, key, value = facts[0]
         return hide(rng, grammar, n_bytes, noun, facts, [(key, value, depth)])
 

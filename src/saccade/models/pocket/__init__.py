@@ -6,15 +6,30 @@ and what it scores: MODEL_CARD.md and report.json in this folder; the recipe is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 
 def path() -> Path:
     """The folder of the weights, the configuration and the tokenizer; any `from_pretrained` can load it."""
     return Path(__file__).resolve().parent
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing progress bars over 25 MB."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def pocket(
@@ -34,6 +49,7 @@ def pocket(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, expected a floating-point torch dtype such as torch.bfloat16")
     tokenizer = AutoTokenizer.from_pretrained(path(), local_files_only=True)
-    model = LlamaForCausalLM.from_pretrained(path(), dtype=dtype, local_files_only=True)
+    with quiet():
+        model = LlamaForCausalLM.from_pretrained(path(), dtype=dtype, local_files_only=True)
     model.to(place)  # type: ignore[arg-type]
     return model.eval(), tokenizer

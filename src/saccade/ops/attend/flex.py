@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def require(problem: Problem) -> None:
 
 
 @cache
-def _compiled():  # noqa: ANN202 (torch.compile's type)
+def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -43,15 +45,13 @@ def attend(problem: Problem) -> Partial:
         mask = create_block_mask(lambda b, h, row, key: key <= row + offset, 1, 1, n_q, n_k, device=str(q.device))
     else:
         mask = None
-    cap = problem.softcap
+    cap = problem.softcap or 0.0
 
     def capped(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
     result = _compiled()(
-        q, k, v, score_mod=None if cap is None else capped, block_mask=mask, scale=problem.scale, enable_gqa=problem.layout.group > 1,
+        q, k, v, score_mod=capped if cap else None, block_mask=mask, scale=problem.scale, enable_gqa=problem.layout.group > 1,
         return_lse=problem.return_lse,
     )  # fmt: skip
-    if problem.return_lse:
-        return Partial(*result)
-    return Partial(result, None)
+    return Partial(*result) if isinstance(result, tuple) else Partial(result, None)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
 # bits: (codes per group, dtype with one byte for each of them); a group of codes fills whole bytes
 _GROUPS = {1: (8, torch.int64), 2: (4, torch.int32), 3: (8, torch.int64), 4: (2, torch.int16)}
 

@@ -1,0 +1,98 @@
+"""`saccade calibrate METHOD`: the offline part of a method, written to a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saccade.evaluate.prompts import Codec
+
+
+def command(
+    method: Annotated[str, typer.Argument(help="A method with an offline part, such as minference or 'loki(dims=0.5)'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a .safetensors file.")],
+    model: Annotated[
+        str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")
+    ] = "pocket",
+    data: Annotated[Path | None, typer.Option(help="A UTF-8 text file to calibrate on; the text that comes with saccade.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 2048,
+    batches: Annotated[int, typer.Option(help="Samples.")] = 2,
+    seed: Annotated[int, typer.Option(help="Decides where in the text the samples are cut.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Look a hub name up in the local cache only.")] = False,
+) -> None:
+    """Run a method's offline part on samples of text and write what it finds to a plan for --plan and attach(plan=)."""
+    from dataclasses import replace
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from saccade.cli.console import console
+    from saccade.core import Calibrated
+    from saccade.core.files import check_writable
+    from saccade.methods import build
+
+    # everything that can be wrong with the arguments is said before the model is loaded
+    chosen = build(method)
+    if not isinstance(chosen, Calibrated):
+        raise ValueError(f"{chosen.info.slug} has no offline part: use it without a plan")
+    check_writable(out)
+    for name, value, least in (("--length", length, 2), ("--batches", batches, 1)):
+        if value < least:
+            raise ValueError(f"{name} {value} is too small: give at least {least}")
+    from saccade.evaluate.text import read_text, shipped_text
+
+    text = shipped_text() if data is None else read_text(data)
+
+    from saccade.attach import calibrate
+    from saccade.evaluate.loading import load_model
+    from saccade.evaluate.prompts import Codec
+
+    loaded, tokenizer = load_model(model, device=device, dtype=dtype, offline=offline)
+    longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(f"--length {length} is more than the {longest} positions of {model}: give at most {longest}")
+    samples = cut_samples(Codec(tokenizer), text, length=length, count=batches, seed=seed)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bars:
+        task = bars.add_task(f"calibrating {chosen.info.slug}", total=batches)
+        plan = calibrate(loaded, chosen, samples, progress=lambda done: bars.update(task, completed=done))
+    source = {"seed": seed, "length": length, "text": "shipped" if data is None else data.name}
+    replace(plan, notes={**plan.notes, **source}).save(out)
+    console().print(f"plan: {out}", soft_wrap=True)
+
+
+def cut_samples(codec: Codec, text: bytes, *, length: int, count: int, seed: int) -> list[Tensor]:
+    """`count` samples of `length` tokens, `(1, length)` int64 each, from places in the text that the seed decides.
+
+    Each begins with the tokenizer's own first tokens. Raises ValueError when the text has fewer tokens than a sample.
+    """
+    from random import Random
+
+    import torch
+
+    rng = Random(seed)
+    wanted = length - len(codec.prefix)
+    if wanted < 1:
+        raise ValueError(f"--length {length} leaves no room after the tokenizer's {len(codec.prefix)} first tokens: give more")
+    start = text[: min(len(text), 4096)]
+    per_token = len(start) / max(1, len(codec.encode(start)))
+    samples = []
+    for _ in range(count):
+        # a quarter more than the beginning of the text suggests, and twice as much for as long as that is too little
+        size = int(1.25 * per_token * wanted) + 1
+        begin = rng.randrange(max(1, len(text) - size))
+        while len(ids := codec.encode(text[begin : begin + size])) < wanted:
+            if size >= len(text):
+                raise ValueError(
+                    f"the text has {len(ids)} tokens, fewer than a sample of {length}: give a longer text as --data or a smaller --length"
+                )
+            size *= 2
+            begin = max(0, min(begin, len(text) - size))
+        samples.append(torch.tensor([[*codec.prefix, *ids[:wanted]]]))
+    return samples
