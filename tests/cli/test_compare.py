@@ -90,6 +90,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--methods", "snapkv", "--mode", "blind"], "mode 'blind' is unknown"),
         (["--methods", "snapkv", "--json", "/nowhere/r.json"], "the folder /nowhere does not exist"),
         (["--methods", "snapkv", "--html", "/nowhere/r.html"], "the folder /nowhere does not exist"),
+        (["--methods", "snapkv", "--json", "/tmp/r", "--html", "/tmp/r"], "both name /tmp/r"),
         (["--methods", "snapkv", "--resume"], "--resume needs the file"),
         (["--methods", "snapkv", "--plan", "/nowhere/p.safetensors"], "no plan at /nowhere/p.safetensors"),
         (["--methods", "snapkv", "--model", "./nowhere"], "there is no folder ./nowhere"),

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from saccade.core import REGISTRY, CachePolicy, Info, LayerContext, StoredKV
+from saccade.core import REGISTRY, CachePolicy, Info, LayerContext, Prefill, Selection, StoredKV
 from saccade.evaluate.loading import load_model
 from saccade.evaluate.prompts import Codec
 
@@ -31,6 +32,17 @@ class Ends(CachePolicy):
         if n > self.first + self.last:
             kept = torch.cat([torch.arange(self.first), torch.arange(n - self.last, n)])
             kv.keep(kept.expand(kv.keys.shape[0], kv.heads, -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Near(Prefill):
+    """Every query reads itself and the `size` - 1 keys before it."""
+
+    size: int = 16
+    info = Info(slug="test-near", phase="prefill")
+
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
+        return Selection.window(q.shape[2], k.shape[2], self.size, block_q=1, block_k=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.evaluate.conftest import Broken, Ends
+from tests.evaluate.conftest import Broken, Ends, Near
 from transformers import PreTrainedModel
 
 from saccade.attach import capture
@@ -71,6 +71,30 @@ def test_a_cache_policy_is_measured_on_the_queries_after_the_prompt(
         assert found.mass[layer] == pytest.approx(float(mass.mean()), abs=1e-5)
         assert found.output_error[layer] == pytest.approx(float((out - dense).norm() / dense.norm()), abs=1e-4)
     assert max(found.output_error) > 0.1 and min(found.mass) < 0.9, "a window of 68 of 200 tokens loses something here"
+
+
+def test_a_prefill_method_is_measured_on_the_prompts_queries(
+    pocket: Pocket, ids: list[int], weights: tuple[list[torch.Tensor], ...]
+) -> None:
+    found = measure(pocket[0], ids, PROMPT, [own(Near(size=16), "prefill")])["test-near"]
+    maps, values, outputs = weights
+    near = torch.ones(PROMPT, PROMPT, dtype=torch.bool).tril().triu(-15)
+    for layer in range(8):
+        rows = maps[layer][:, :PROMPT, :PROMPT] * near
+        mass = rows.sum(-1)
+        out = rows @ values[layer][:, :PROMPT] / mass.unsqueeze(-1)
+        dense = outputs[layer][:, :PROMPT]
+        assert found.mass[layer] == pytest.approx(float(mass.mean()), abs=1e-5)
+        assert found.output_error[layer] == pytest.approx(float((out - dense).norm() / dense.norm()), abs=1e-4)
+
+
+def test_a_combination_is_measured_where_its_cache_policy_acts(pocket: Pocket, ids: list[int]) -> None:
+    policy = Ends(first=4, last=64)
+    both = Contender("both", "both", {"prefill": Near(), "cache": policy})
+    found = measure(pocket[0], ids, PROMPT, [own(policy), both])
+    # every layer is given dense attention's inputs, so the prefill method leaves no trace in the cache
+    assert found["both"].output_error == pytest.approx(found["test-ends"].output_error)
+    assert found["both"].mass == pytest.approx(found["test-ends"].mass)
 
 
 def test_more_budget_means_less_error(pocket: Pocket, ids: list[int]) -> None:

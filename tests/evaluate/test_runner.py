@@ -218,6 +218,7 @@ def test_a_file_of_another_kind_is_not_resumed(tmp_path: Path, content: str, say
         ({"samples": 0}, "samples must be a whole number of at least 1, not 0"),
         ({"lengths": [0]}, "each length must be"),
         ({"lengths": [100]}, "length 100 is below the minimum of task needle"),
+        ({"lengths": [2_000_000]}, "pass a longer text"),
         ({"tasks": []}, "nothing to run"),
         ({"tasks": ["nedle"]}, "did you mean needle"),
         ({"mode": "blind"}, "use aware"),

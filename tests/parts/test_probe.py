@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,5 +78,5 @@ def test_strided_rows(n: int, share: float) -> None:
     assert rows == sorted(set(rows)) and rows[0] >= 0
     assert rows[-1] == n - 1  # the tail is always sampled
     assert len(rows) == max(1, -(-round(share * n * 1e9) // 10**9))
-    gaps = {b - a for a, b in zip(rows, rows[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(rows)}
     assert not gaps or max(gaps) - min(gaps) <= 1

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import torch
+from tests.parts.test_probe import full_map
 
 from saccade.core import Selection
 from saccade.parts.retained import sparsity_degree, worst_row_mass
-from tests.parts.test_probe import full_map
 
 
 def test_worst_row_is_the_least_mass_of_any_row() -> None:

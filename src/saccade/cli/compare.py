@@ -57,6 +57,8 @@ def command(
     for path in (json, html):
         if path is not None:
             check_writable(path)
+    if json is not None and html is not None and json.absolute() == html.absolute():
+        raise ValueError(f"--json and --html both name {json}: give two files")
     if resume and json is None:
         raise ValueError("--resume needs the file to go on with: give it as --json FILE")
     if html is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +29,9 @@ def command(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from saccade.cli.console import console, write
-    from saccade.core.files import atomic_write
     from saccade.train.config import pocket_config, tiny_config
     from saccade.train.pocket import train
-    from saccade.train.report import full_report, held_out_grammar
+    from saccade.train.report import write_report
 
     folder = out.parent
     if out.exists() and not out.is_dir():
@@ -50,15 +49,7 @@ def command(
 
         weights = train(config, show)
     write(f"model: {weights}")
-    if not examine or recipe is Recipe.tiny:
-        return
-    import torch
-    from transformers import AutoModelForCausalLM
+    if examine and recipe is Recipe.pocket and int(os.environ.get("RANK", "0")) == 0:
+        import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, local_files_only=True)
-    model = model.to(device).eval()
-    scores = full_report(model, *held_out_grammar())
-    with atomic_write(weights / "report.json") as temporary:
-        temporary.write_text(json.dumps(scores, indent=1) + "\n")
-    write(f"scores: {weights / 'report.json'}")
+        write(f"scores: {write_report(weights, 'cuda' if torch.cuda.is_available() else 'cpu')}")

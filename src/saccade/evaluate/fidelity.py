@@ -24,8 +24,8 @@ class Fidelity:
     """Per layer. output_error: |out - dense| / |dense| (Euclidean, over the queries that the method acts on). mass: the
     share of dense attention's probability on the keys that were read, the mean over heads and those queries.
 
-    Prefill methods are measured on the prompt's queries, cache and decode methods on those of the tokens after it, and
-    combinations of both kinds on both (mass: after it). broken: why there are no numbers, or None.
+    Prefill methods are measured on the prompt's queries, cache and decode methods, and combinations with them, on
+    those of the tokens after it. broken: why there are no numbers, or None.
     """
 
     output_error: list[float] = field(default_factory=list)
@@ -67,33 +67,33 @@ def measure(model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders:
 
 def _layer(replay: LayerReplay, dense: Tensor, prompt: int, contender: Contender) -> tuple[float, float]:
     """Error and mass of one layer; dense `(1, Hq, N, Dv)` is dense attention's output."""
-    q, k, n = replay.q, replay.k, dense.shape[2]
-    wrong = right = 0.0
-    mass = 1.0
     out = replay.feed(0, prompt)
-    if "prefill" in contender.methods:
-        wrong, right = _squares(out, dense[:, :, :prompt])
-        selection = replay.ran(prompt)
-        if selection is not None:
-            mass = float(selection.mass(q[:, :, :prompt], k[:, :, :prompt], replay.ctx.scale).mean())
-    if not contender.evicts:
-        return (wrong / max(right, 1e-30)) ** 0.5, mass
+    if contender.evicts:
+        return _after_prompt(replay, dense, prompt)
+    error, selection = _relative_error([out], dense[:, :, :prompt]), replay.ran(prompt)
+    if selection is None:
+        return error, 1.0
+    return error, float(selection.mass(replay.q[:, :, :prompt], replay.k[:, :, :prompt], replay.ctx.scale).mean())
+
+
+def _after_prompt(replay: LayerReplay, dense: Tensor, prompt: int) -> tuple[float, float]:
+    """Error and mass over the last tokens, read one at a time once the prompt has ended."""
+    q, k, n = replay.q, replay.k, dense.shape[2]
     replay.close()
     first = max(prompt, n - LAST)
     if first > prompt:
         replay.feed(prompt, first)
         replay.keep_rest()
-    masses = []
+    outs, masses = [], []
     for t in range(first, n):
-        out = replay.feed(t, t + 1)
-        more = _squares(out, dense[:, :, t : t + 1])
-        wrong, right = wrong + more[0], right + more[1]
+        outs.append(replay.feed(t, t + 1))
         weights = probabilities(q[:, :, t : t + 1], k[:, :, : t + 1], t, replay.ctx.scale, replay.ctx.softcap)[:, 0]
         read = replay.read(t + 1)
         masses.append(float((weights * read.repeat_interleave(weights.shape[0] // read.shape[0], 0)).sum(-1).mean()))
-    return (wrong / max(right, 1e-30)) ** 0.5, sum(masses) / len(masses)
+    return _relative_error(outs, dense[:, :, first:]), sum(masses) / len(masses)
 
 
-def _squares(out: Tensor, dense: Tensor) -> tuple[float, float]:
-    """Summed squares of the difference and of the dense output."""
-    return float((out.double() - dense.double()).square().sum()), float(dense.double().square().sum())
+def _relative_error(outs: list[Tensor], dense: Tensor) -> float:
+    """|out - dense| / |dense|, the pieces of `outs` being rows of dense `(1, Hq, m, Dv)` in order."""
+    exact = dense.double()
+    return float((torch.cat(outs, 2).double() - exact).norm() / exact.norm().clamp(min=1e-30))

@@ -78,6 +78,7 @@ def compare(
     for task in chosen:
         for length in lengths:
             check_length(task, spot.codec, spot.grammar, length)
+        spot.prompt(task, lengths[-1], 0)  # the text may be too short for the longest
     line = line_up(methods, lengths, floor=floor)
     if resume and json_path is None:
         raise ValueError("there is no file to resume: give the one that the run writes (json_path, --json)")

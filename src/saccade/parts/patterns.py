@@ -31,7 +31,7 @@ def band_and_columns(columns: Tensor, width: int, ends: Tensor, block: int) -> K
     """Each query's last `width` keys, itself included, and chosen columns: bool `(B, H, n_k)`."""
     n_k = columns.shape[-1]
     begin = (ends - block - width + 1).clamp(min=0)
-    ids, counts = list_true(columns)
+    ids, _ = list_true(columns)
     shape = (*columns.shape[:2], ends.shape[0])
     starts = run_tiles(begin, ends.clamp(max=n_k), block, n_k).expand(*shape, -1)
     # the band reaches from `begin` to the newest row, so what a tile lists beside it is the front part of one list

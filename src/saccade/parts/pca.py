@@ -19,7 +19,7 @@ def principal_basis(moment: Tensor) -> tuple[Tensor, Tensor]:
     the share of the total variance that the first d columns hold, `(H, D)` float32, ascending to 1.
     """
     variance, basis = torch.linalg.eigh(moment.to(torch.float64))
-    variance, basis = variance.clamp(min=0), basis
+    variance, basis = variance.flip(-1).clamp(min=0), basis.flip(-1)
     largest = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
     basis = basis * torch.where(largest < 0, -1.0, 1.0)
     total = variance.cumsum(-1)

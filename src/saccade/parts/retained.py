@@ -23,11 +23,11 @@ def sparsity_degree(q: Tensor, k: Tensor, share: float, scale: float | None = No
 
     The best possible choice, pair by pair: a ceiling for every selection, at more than the cost of dense attention.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     n_q, n_k = q.shape[2], k.shape[2]
     needed = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
     budget = Budget(Mass(share))
     for rows in torch.arange(n_q, device=q.device).split(ROWS):
-        needed += budget.counts(row_probabilities(q, k, rows, scale=scale)).sum(-1)
+        needed += budget.counts(row_probabilities(q, k, rows, scale=factor)).sum(-1)
     visible = n_q * n_k - n_q * (n_q - 1) // 2
     return 1 - needed / visible

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SPARE = 16  # latest queries always remembered: so many guessed tokens may be taken back
-ROWS = 128  # probe rows whose probabilities over all keys are held at a time
+PAIRS = 1 << 24  # (query, key) pairs whose probabilities are held at a time
 
 
 def drawn(indices: Tensor, share: float, seed: int) -> Tensor:
@@ -33,14 +33,15 @@ class ProbeQueries:
     """Queries remembered until the tokens they saw are judged.
 
     share: of the n tokens judged together, the share that are probe rows: half the most recent, half drawn from the others.
-    seed: of the draw. queries `(B, Hq, P, D)`, indices: which token of the sequence (padding not counted) each is, ascending; both empty at
-    first. Holds about share * n queries while a prompt comes in: share * group / 2 of the bytes of its keys and values.
+    seed: of the draw. queries `(B, Hq, P, D)`, None at first; indices int64 `(P,)` on the CPU: which token of the sequence each belongs to
+    (padding not counted), ascending. Holds about share * n queries while a prompt comes in: share * group / 2 of the bytes of its
+    keys and values.
     """
 
     share: float
     seed: int
     queries: Tensor | None = None
-    indices: list[int] = field(default_factory=list)
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     widest: int = 0  # the largest number of queries that came in one call
 
     def add(self, q: Tensor, seen: int, length: int) -> None:
@@ -50,32 +51,31 @@ class ProbeQueries:
         """
         m = q.shape[2]
         self.widest = max(self.widest, m)
-        still = [i for i in self.indices if i < seen - m]
-        indices = [*still, *range(seen - m, seen)]
-        held = q if self.queries is None else torch.cat([self.queries[:, :, : len(still)], q], dim=2)
+        indices, held = torch.arange(seen - m, seen), q
+        if self.queries is not None:
+            still = int((self.indices < seen - m).sum())
+            indices = torch.cat([self.indices[:still], indices])
+            held = torch.cat([self.queries[:, :, :still], q], dim=2)
         # the most recent share begins no earlier than this, whatever is still to come and with up to SPARE tokens taken back
         recent = seen - length + self._recent_from(max(length - SPARE, 0))
-        chosen = drawn(torch.tensor(indices), self._drawn_share, self.seed).tolist()
-        wanted = [i for i, (index, hit) in enumerate(zip(indices, chosen, strict=True)) if hit or index >= recent]
-        self.queries = held.index_select(2, torch.tensor(wanted, device=q.device))
-        self.indices = [indices[i] for i in wanted]
+        wanted = (drawn(indices, self._drawn_share, self.seed) | (indices >= recent)).nonzero().squeeze(-1)
+        self.queries, self.indices = held.index_select(2, wanted.to(q.device)), indices[wanted]
 
     def rows(self, seen: int, length: int) -> tuple[Tensor | None, Tensor]:
         """The probe rows for the last `length` of `seen` tokens: queries `(B, Hq, P, D)`, and their slots among those tokens `(P,)`."""
         first = seen - length
-        indices = torch.tensor(self.indices, dtype=torch.int64)
-        probe = drawn(indices, self._drawn_share, self.seed) | (indices >= first + self._recent_from(length))
-        return self._picked(probe & (indices >= first) & (indices < seen), first)
+        recent = self.indices >= first + self._recent_from(length)
+        probe = recent | drawn(self.indices, self._drawn_share, self.seed)
+        return self._picked(probe & (self.indices >= first) & (self.indices < seen), first)
 
     def last(self, seen: int, length: int) -> tuple[Tensor | None, Tensor]:
         """Only the latest query, in the form of `rows`."""
-        indices = torch.tensor(self.indices, dtype=torch.int64)
-        return self._picked(indices == seen - 1, seen - length)
+        return self._picked(self.indices == seen - 1, seen - length)
 
     def reorder(self, rows: Tensor) -> ProbeQueries:
         """A copy for these batch rows."""
         taken = None if self.queries is None else self.queries.index_select(0, rows.to(self.queries.device))
-        return ProbeQueries(self.share, self.seed, taken, list(self.indices), self.widest)
+        return ProbeQueries(self.share, self.seed, taken, self.indices, self.widest)
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +92,7 @@ class ProbeQueries:
 
     def _picked(self, chosen: Tensor, first: int) -> tuple[Tensor | None, Tensor]:
         which = chosen.nonzero().squeeze(-1)
-        slots = torch.tensor(self.indices, dtype=torch.int64)[which] - first
+        slots = self.indices[which] - first
         if self.queries is None:
             return None, slots
         return self.queries.index_select(2, which.to(self.queries.device)), slots.to(self.queries.device)
@@ -108,12 +108,13 @@ def column_mass(q: Tensor, slots: Tensor, k: Tensor, *, scale: float, softcap: f
     total = torch.zeros(k.shape[0], groups, n, device=k.device)
     keys = torch.arange(n, device=k.device)
     k = k.float().unsqueeze(2)
-    for begin in range(0, q.shape[2], ROWS):
-        rows = q[:, :, begin : begin + ROWS].float().unflatten(1, (groups, -1))
+    step = max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * n))
+    for begin in range(0, q.shape[2], step):
+        rows = q[:, :, begin : begin + step].float().unflatten(1, (groups, -1))
         logits = (rows @ k.mT) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill_(keys > slots[begin : begin + ROWS, None], -torch.inf)
+        logits = logits.masked_fill_(keys > slots[begin : begin + step, None], -torch.inf)
         total += torch.softmax(logits, dim=-1).sum((2, 3))
     return total
 

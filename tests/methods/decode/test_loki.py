@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import torch
+from tests.methods.decode.harness import answer, best, choose, context, ids_of, logits, needle, pocket, recall, tensors
 from torch import Tensor
 
 import saccade
@@ -16,7 +17,6 @@ from saccade.methods import build
 from saccade.methods.decode import loki as module
 from saccade.methods.decode.loki import Loki
 from saccade.ops import decode
-from tests.methods.decode.harness import answer, best, choose, context, ids_of, logits, needle, pocket, recall, tensors
 
 
 def stretched(seed: int = 0, n: int = 3000) -> tuple[Tensor, Tensor, Tensor]:

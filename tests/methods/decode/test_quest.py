@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import torch
+from tests.methods.decode.harness import answer, best, choose, context, logits, needle, recall, tensors
 from torch import Tensor
 
 import saccade
@@ -13,7 +14,6 @@ from saccade.methods import build
 from saccade.methods.decode.quest import Quest
 from saccade.ops import decode
 from saccade.parts.pages import PageBounds
-from tests.methods.decode.harness import answer, best, choose, context, logits, needle, recall, tensors
 
 
 def pages_read(method: Quest, q: Tensor, k: Tensor) -> Tensor:

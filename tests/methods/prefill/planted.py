@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from tests.methods.cache.needles import BYTE, pocket
 from torch import Tensor
 
 import saccade
 from saccade.core import HeadLayout, LayerContext, Plan, Prefill, Selection
 from saccade.ops import attend
-from tests.methods.cache.needles import BYTE, pocket
 
 FREQUENCIES = 256
 DIM = 2 * FREQUENCIES + 8

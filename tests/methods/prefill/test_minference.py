@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.methods.cache.needles import pocket, prompts, streams
+from tests.methods.prefill.planted import context, hits, planted, selected
 from torch import Tensor
 
 import saccade
@@ -18,8 +20,6 @@ from saccade.ops import attend
 from saccade.parts import patterns
 from saccade.parts.equalcost import largest_within
 from saccade.parts.lists import tile_ends
-from tests.methods.cache.needles import pocket, prompts, streams
-from tests.methods.prefill.planted import context, hits, planted, selected
 
 N = 700
 COLUMNS, OFFSETS = [77, 150, 333, 402], [128, 171, 290]

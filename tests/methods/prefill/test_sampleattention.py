@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from tests.methods.cache.needles import pocket, prompts
+from tests.methods.prefill.planted import context, hits, planted, selected
 from torch import Tensor
 
 import saccade
@@ -14,12 +17,10 @@ from saccade.core import Budget, Mass, Selection
 from saccade.methods import build
 from saccade.methods.prefill.sampleattention import SampleAttention
 from saccade.ops import attend
-from saccade.parts.patterns import band_and_columns
 from saccade.parts.lists import tile_ends
+from saccade.parts.patterns import band_and_columns
 from saccade.parts.probe import column_mass, strided_rows
 from saccade.parts.retained import worst_row_mass
-from tests.methods.cache.needles import pocket, prompts
-from tests.methods.prefill.planted import context, hits, planted, selected
 
 N = 700
 COLUMNS = [7, 77, 150, 333, 402, 555]
@@ -100,7 +101,7 @@ def test_sampled_column_mass_converges() -> None:
     for share in (0.02, 0.08, 0.32):
         rows = strided_rows(1024, share)
         errors.append(float((column_mass(q, k, rows, scale=0.25) / len(rows) - exact).norm()))
-    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    ratios = [a / b for a, b in pairwise(errors)]
     assert all(1.4 < ratio < 3.2 for ratio in ratios), ratios  # 2 for four times the rows
     assert torch.equal(column_mass(q, k, strided_rows(1024, 1.0), scale=0.25) / 1024, exact)
 
@@ -132,10 +133,10 @@ def test_columns_in_the_band_are_not_listed_twice() -> None:
     assert torch.equal(found.pairs(), found.dense_mask().sum((-1, -2)))
 
 
-@pytest.mark.parametrize("n_q", [16, 40, 128])
+@pytest.mark.parametrize("n_q", [40, 128, 300])
 def test_chunk_after_a_prompt(n_q: int) -> None:
     q, k, v, _ = banded()
-    found = selected(SampleAttention(alpha=0.77, window_share=0.05, block=16), q[:, :, -n_q:], k, v, 1.0)
+    found = selected(SampleAttention(alpha=0.75, window_share=0.05, block=16), q[:, :, -n_q:], k, v, 1.0)
     assert found.coverage()[0, 0, -1, COLUMNS].all()
     assert (found.n_q, found.n_k) == (n_q, N) and bool(found.dense_mask().any(-1).all())
 
