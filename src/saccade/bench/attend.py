@@ -21,9 +21,11 @@ def random_tiles(n: int, heads: int, tile: int, density: float, device: str, see
     visible = torch.ones(tiles, tiles, dtype=torch.bool).tril()
     rank = rank.masked_fill(~visible, 2.0).masked_fill(torch.eye(tiles, dtype=torch.bool), -1.0)
     order = rank.argsort(-1).argsort(-1)
-    # whole tiles: the wanted share of all visible pairs, spread over the query tiles in proportion to what they see
-    wanted = density * torch.arange(1, tiles + 1)
-    counts = (wanted.cumsum(0).round().diff(prepend=torch.zeros(1))).clamp(min=1)
+    # a diagonal tile holds half its pairs: tiles of a row, in pairs, are what the row sees less half a tile
+    pairs = torch.arange(tiles) + 0.5
+    wanted = (density * pairs).cumsum(0)
+    # the diagonal counts for half a tile of its row
+    counts = ((wanted + 0.5 * torch.arange(1, tiles + 1)).round().diff(prepend=torch.zeros(1))).clamp(min=1)
     mask = (order < counts[:, None]) & visible
     return Selection.from_block_mask(mask.to(device), block_q=tile, block_k=tile, n_q=n, n_k=n)
 

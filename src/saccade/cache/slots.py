@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.segment import Rectangle, Segment
+from saccade.parts.rows import pick_rows
 
 
 class Slots:
@@ -58,10 +59,10 @@ class Slots:
         stored = self._stored
         latent = self.keys is not stored.keys
         self.side = {name: torch.gather(x, 2, indices) for name, x in self.side.items()}
-        self._stored = Rectangle(_pick(stored.keys, indices), _pick(stored.values, indices), self.side, valid)
+        self._stored = Rectangle(pick_rows(stored.keys, indices), pick_rows(stored.values, indices), self.side, valid)
         if latent:
             wide = indices.expand(-1, self.keys.shape[1], -1)
-            self.keys, self.values = _pick(self.keys, wide), _pick(self.values, wide)
+            self.keys, self.values = pick_rows(self.keys, wide), pick_rows(self.values, wide)
         else:
             self.keys, self.values = self._stored.keys, self._stored.values
         self.moved = True
@@ -90,7 +91,3 @@ class Slots:
         self.keys, self.values = keys, values
         self.sealed.append(segment)
         self.moved = True
-
-
-def _pick(x: Tensor, indices: Tensor) -> Tensor:
-    return torch.gather(x, 2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))

@@ -16,9 +16,7 @@ LENGTHS = "1024,4096"
 
 def command(
     methods: Annotated[str, typer.Option(help="Specs separated by ; or , such as 'snapkv(budget=0.25);quest'.")],
-    model: Annotated[
-        str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")
-    ] = "pocket",
+    model: Annotated[str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")] = "pocket",
     tasks: Annotated[str, typer.Option(help="Tasks separated by commas, or all.")] = TASKS,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 1024,4K.")] = LENGTHS,
     samples: Annotated[int, typer.Option(help="Prompts for each task and length.")] = 8,
@@ -47,6 +45,7 @@ def command(
     from saccade.evaluate import tasks as known
     from saccade.evaluate.contenders import line_up, split_methods
     from saccade.evaluate.runner import check_settings
+    from saccade.evaluate.text import grammar
 
     # everything that can be wrong with the arguments is said before the model is loaded
     chosen = list(known.TASKS) if tasks.strip() == "all" else known.split(tasks)
@@ -63,6 +62,7 @@ def command(
         raise ValueError("--resume needs the file to go on with: give it as --json FILE")
     if html is not None:
         _check_report()
+    grammar(text)
     plans = [Plan.load(path) for path in plan or []]
 
     from saccade.evaluate.loading import load_model
@@ -76,7 +76,8 @@ def command(
         )  # fmt: skip
     except KeyboardInterrupt:
         if json is not None and json.exists():
-            console(stderr=True).print(f"Stopped. What had run is in {json}; the same command with --resume goes on.")
+            told = f"Stopped. What had run is in {json}; the same command with --resume goes on."
+            console(stderr=True).print(told, markup=False, soft_wrap=True)
         raise
     write(table(result, console().width))
     if html is not None:
@@ -85,7 +86,7 @@ def command(
         write_page(result, html)
     for what, path in (("Result", json), ("Page", html)):
         if path is not None:
-            console().print(f"{what}: {path}")
+            console().print(f"{what}: {path}", markup=False, soft_wrap=True)
     if all(row["status"] == "failed" for row in result["rows"]):
         raise ValueError(f"every cell failed, the first one with: {result['rows'][0]['error']}")
 
@@ -103,9 +104,7 @@ def parse_lengths(text: str) -> list[int]:
     return found
 
 
-def _options(
-    device: str | None, dtype: str | None, text: Path | None, plan: list[Path] | None, offline: bool, no_floor: bool
-) -> list[str]:
+def _options(device: str | None, dtype: str | None, text: Path | None, plan: list[Path] | None, offline: bool, no_floor: bool) -> list[str]:
     """The arguments that the commands in the result must repeat."""
     words: list[str] = []
     for name, value in (("device", device), ("dtype", dtype), ("text", text), *(("plan", path) for path in plan or [])):
@@ -122,9 +121,7 @@ def _check_report() -> None:
         raise ImportError(f"the page needs {' and '.join(missing)}: pip install 'saccade[report]', or leave --html out")
 
 
-def _run(
-    model: Any, tokenizer: Any, methods: list[str], tasks: list[str], lengths: list[int], **settings: Any
-) -> dict[str, Any]:
+def _run(model: Any, tokenizer: Any, methods: list[str], tasks: list[str], lengths: list[int], **settings: Any) -> dict[str, Any]:
     """The comparison with progress bars on stderr."""
     from rich.progress import (
         BarColumn,
@@ -162,21 +159,19 @@ def table(result: dict[str, Any], width: int) -> Group:
 
     model, env = result["model"], result["environment"]
     wide = width >= 112
-    parts: list[Any] = [
-        Text(f"{model['name']} on {env['device_name']}, {env['dtype']}, torch {env['torch']}", style="dim")
-    ]
+    parts: list[Any] = [Text(f"{model['name']} on {env['device_name']}, {env['dtype']}, torch {env['torch']}", style="dim")]
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["task"], row["length"], row["mode"]), []).append(row)
     # the same widths in every table, so that columns stand under each other
-    names = max(len(row["method"]) for row in result["rows"])
+    names = max(len("method"), *(len(row["method"]) for row in result["rows"]))
     first = min(names, width - 74 - 10 * wide)
     for (task, length, mode), rows in groups.items():
         head = Text.assemble("\n", (task, "bold cyan"), f"  {length:,} tokens, {mode}")
         if rows[0]["unit"] == "bits":
             head.append("  bits per byte, lower is better", "dim")
         elif not any(row["discriminating"] for row in rows):
-            head.append("  dense itself fails: says little about methods", "yellow")
+            head.append("  dense itself does not solve it: says little about methods", "yellow")
         grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         grid.add_column("method", overflow="fold", width=first)
         for title, size_ in (

@@ -23,6 +23,10 @@ def best_slots(
     sinks = min(sinks, count)
     recent = min(recent, count - sinks)
     slots = torch.arange(n, device=scores.device)
+    if valid is None and sinks + recent == count:
+        # no entry is left to be judged
+        chosen = torch.cat([slots[:sinks], slots[n - recent :]])
+        return chosen.expand(*scores.shape[:2], count), None
     held = n if valid is None else valid.sum(-1, keepdim=True)
     forced = (slots < sinks) | ((slots >= held - recent) & (slots < held))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(forced, torch.inf)

@@ -27,14 +27,16 @@ class Ends(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """Lists of one query, R = batch * lists of them, with every entry inside the cache so that it can be gathered.
+    """Lists of one query, with every entry inside the cache so that it can be gathered: R of them, of one (batch, list head) each.
 
-    starts `(R, M)`, tokens `(R, M')`; weight `(R, M')` or None. gaps: `(R, M * block_k + M')` bool, True for what is gathered
-    but isn't listed, None when all is. A tile that would reach past the last key is gathered from block_k keys before the end
-    instead: its keys from before its own start are gaps, and all of them for an entry past its list's count.
+    first: of which list of the batch the first one here is. lists: list heads of a batch row. starts `(R, M)`, tokens `(R, M')`;
+    weight `(R, M')` or None. gaps: `(R, M * block_k + M')` bool, True for what is gathered but isn't listed, None when all is.
+    A tile that would reach past the last key is gathered from block_k keys before the end instead: its keys from before its
+    own start are gaps, and all of them for an entry past its list's count.
     """
 
-    batch: int
+    first: int
+    lists: int
     block_k: int
     starts: Tensor
     tokens: Tensor
@@ -47,11 +49,18 @@ class Listed(NamedTuple):
         weight = None if s.log_weight is None else _spread(s.log_weight, batch, lists)
         gaps, last = None, s.n_k - s.block_k
         if ends.start > last or ends.token >= s.n_k:
-            first, starts = starts.unsqueeze(-1), starts.clamp(max=last)
-            before = starts.unsqueeze(-1) + _count(s.block_k, starts.device) < first
+            begin, starts = starts.unsqueeze(-1), starts.clamp(max=last)
+            before = starts.unsqueeze(-1) + _count(s.block_k, starts.device) < begin
             gaps = torch.cat([before.flatten(-2), tokens >= s.n_k], dim=-1) if tokens.shape[-1] else before.flatten(-2)
             tokens = tokens.clamp(max=s.n_k - 1)
-        return cls(batch, s.block_k, starts, tokens, weight, gaps)
+        return cls(0, lists, s.block_k, starts, tokens, weight, gaps)
+
+    def only(self, part: slice) -> Listed:
+        """Some of the lists."""
+        weight = None if self.weight is None else self.weight[part]
+        gaps = None if self.gaps is None else self.gaps[part]
+        first = self.first + part.start
+        return Listed(first, self.lists, self.block_k, self.starts[part], self.tokens[part], weight, gaps)
 
     @property
     def singles_from(self) -> int:
@@ -62,61 +71,46 @@ class Listed(NamedTuple):
     def length(self) -> int:
         return self.singles_from + self.tokens.shape[-1]
 
-    def rows_of(self, x: Tensor, group: int) -> Rows:
-        """Where the listed keys of x `(B, Hk, n, D)` lie; lists h * group ... belong to head h."""
-        dim, strides = x.shape[-1], x.stride()
+    def gather(self, x: Tensor, exact: torch.dtype) -> Tensor:
+        """The listed rows of x `(B, Hk, n, D)`, `(R, M * block_k + M', D)` in dtype `exact`, in a buffer that the next call reuses."""
+        batch, kv_heads, n, dim = x.shape
+        strides = x.stride()
         if strides[3] != 1 or any(stride % dim for stride in strides[:3]) or strides[2] == 0:
             x = x.contiguous()
             strides = x.stride()
         by_batch, by_head, by_key = (stride // dim for stride in strides[:3])
-        base = _bases(self.batch, x.shape[1], group, by_batch, by_head, x.device)
-        starts, tokens, run = self.starts, self.tokens, self.block_k
-        if by_key != 1:
-            # neighbouring keys are not neighbours in memory: every key of a tile is a run of its own
-            starts, run = (starts.unsqueeze(-1) + _count(run, x.device)).flatten(-2) * by_key, 1
-            tokens = tokens * by_key
-        return Rows(x, run, self.singles_from, starts + base, tokens + base if tokens.shape[-1] else tokens)
-
-
-class Rows(NamedTuple):
-    """x `(B, Hk, n, D)`, rows of D channels in memory; runs `(R, M)` and single rows `(R, M')` to gather, of `run` rows each and 1."""
-
-    x: Tensor
-    run: int
-    singles_from: int
-    starts: Tensor
-    singles: Tensor
-
-    def fits(self, other: Tensor) -> bool:
-        """Whether the same row numbers are right for another tensor."""
-        return self.x.shape == other.shape and self.x.stride() == other.stride()
-
-    def like(self, other: Tensor) -> Rows:
-        return self._replace(x=other)
-
-    def gather(self, part: slice, exact: torch.dtype) -> Tensor:
-        """The rows of some lists, `(lists of the part, M * run + M', D)` in dtype `exact`, in a buffer that the next call reuses."""
-        starts, singles, dim = self.starts[part], self.singles[part], self.x.shape[-1]
-        out = scratch("rows", (starts.shape[0], self.singles_from + singles.shape[-1], dim), self.x.dtype, self.x.device)
-        if self.singles_from:
-            self._pick(starts, out[:, : self.singles_from], self.run)
-        if singles.shape[-1]:
-            self._pick(singles, out[:, self.singles_from :], 1)
+        base = _bases(batch, kv_heads, self.lists // kv_heads, by_batch, by_head, x.device)
+        if self.first or base.shape[0] != self.starts.shape[0]:
+            base = base[self.first : self.first + self.starts.shape[0]]
+        span = (batch - 1) * by_batch + (kv_heads - 1) * by_head + (n - 1) * by_key + 1
+        split, singles = self.singles_from, self.tokens.shape[-1]
+        out = scratch("rows", (self.starts.shape[0], split + singles, dim), x.dtype, x.device)
+        if split and by_key == 1:
+            # a tile is one run of memory: one row of a view in which such a run begins at every key
+            width = self.block_k * dim
+            runs = x.as_strided((span - self.block_k + 1, width), (dim, 1))
+            _pick(runs, self.starts + base, out[:, :split] if singles else out)
+        elif split:
+            ids = (self.starts.unsqueeze(-1) + _count(self.block_k, x.device)).flatten(-2)
+            _pick(x.as_strided((span, dim), (dim, 1)), ids * by_key + base, out[:, :split] if singles else out)
+        if singles:
+            ids = self.tokens * by_key if by_key != 1 else self.tokens
+            _pick(x.as_strided((span, dim), (dim, 1)), ids + base, out[:, split:] if split else out)
         return as_exact(out, exact, "exact rows")
 
-    def _pick(self, index: Tensor, out: Tensor, run: int) -> None:
-        """Copy the runs of `run` rows that begin at rows `index (lists, m)` to `out (lists, m * run, D)`."""
-        dim = self.x.shape[-1]
-        span = sum((size - 1) * stride for size, stride in zip(self.x.shape[:3], self.x.stride()[:3], strict=True)) // dim + 1
-        runs = self.x.as_strided((span - run + 1, run * dim), (dim, 1))  # a run begins at every row
-        if out.is_contiguous():
-            torch.index_select(runs, 0, index.flatten(), out=out.view(-1, run * dim))
-        else:  # tiles and single keys stand next to each other in every list
-            out.copy_(runs.index_select(0, index.flatten()).view(out.shape))
+
+def _pick(rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy `rows[index]` to `out (R, n, D)`, a row of `rows` being one or several of those of `out`."""
+    if out.is_contiguous():
+        torch.index_select(rows, 0, index.view(-1), out=out.view(-1, rows.shape[1]))
+    else:  # tiles and single keys stand next to each other in every list
+        out.copy_(rows.index_select(0, index.view(-1)).view(out.shape))
 
 
 def _spread(x: Tensor, batch: int, lists: int) -> Tensor:
     """`(B or 1, H, 1, M)` to `(batch * lists, M)`."""
+    if x.shape[0] == batch and x.shape[1] == lists:
+        return x.flatten(0, 2)
     if x.shape[1] not in (1, lists):
         x = x.repeat_interleave(lists // x.shape[1], dim=1)
     return x.expand(batch, lists, 1, x.shape[-1]).reshape(batch * lists, x.shape[-1])

@@ -44,32 +44,32 @@ def attend(problem: Problem, ends: Ends) -> Partial:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries = q.reshape(batch * lists, heads // lists, dim).to(exact)
     listed = Listed.of(s, batch, lists, ends)
-    group = lists // layout.kv_heads
-    k_rows = listed.rows_of(problem.k, group)
-    v_rows = k_rows.like(problem.v) if k_rows.fits(problem.v) else listed.rows_of(problem.v, group)
     step = max(1, CHUNK // (listed.length * dim * exact.itemsize))
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    for begin in range(0, batch * lists, step):
-        part = slice(begin, begin + step)
-        logits = problem.logits(torch.bmm(queries[part], k_rows.gather(part, exact).mT))
-        if listed.weight is not None:
-            logits[..., listed.singles_from :] += listed.weight[part].unsqueeze(1)
-        if listed.gaps is not None:
-            logits = logits.masked_fill(listed.gaps[part].unsqueeze(1), -torch.inf)
-        weights = torch.softmax(logits, dim=-1)
-        if listed.gaps is not None or listed.weight is not None:
-            # a head without any key is 0 by policy, where softmax over nothing gives nan
-            weights = weights.masked_fill(logits == -torch.inf, 0.0)
-        v = v_rows.gather(part, exact)  # into the buffer that held the keys
-        if listed.gaps is not None:
-            _blank(v, listed.gaps[part])
-        outs.append(torch.bmm(weights, v))
-        if problem.return_lse:
-            lses.append(torch.logsumexp(logits, dim=-1))
-    out, lse = (torch.cat(x) if len(x) > 1 else (x[0] if x else None) for x in (outs, lses))
-    assert out is not None
+    if step >= batch * lists:
+        out, lse = _attend(problem, queries, listed, exact)
+    else:
+        parts = [slice(begin, begin + step) for begin in range(0, batch * lists, step)]
+        pieces = [_attend(problem, queries[part], listed.only(part), exact) for part in parts]
+        out = torch.cat([piece.out for piece in pieces])
+        lse = torch.cat([piece.lse for piece in pieces if piece.lse is not None]) if problem.return_lse else None
     return Partial(out.view(batch, heads, 1, -1).to(q.dtype), None if lse is None else lse.view(batch, heads, 1))
+
+
+def _attend(problem: Problem, queries: Tensor, listed: Listed, exact: torch.dtype) -> Partial:
+    """Queries `(R, g, D)` over R lists: out `(R, g, Dv)` and lse `(R, g)`."""
+    logits = problem.logits(torch.bmm(queries, listed.gather(problem.k, exact).mT))
+    if listed.weight is not None:
+        logits[..., listed.singles_from :] += listed.weight.unsqueeze(1)
+    if listed.gaps is not None:
+        logits = logits.masked_fill(listed.gaps.unsqueeze(1), -torch.inf)
+    weights = torch.softmax(logits, dim=-1)
+    if listed.gaps is not None or listed.weight is not None:
+        # a head without any key is 0 by policy, where softmax over nothing gives nan
+        weights = weights.masked_fill(logits == -torch.inf, 0.0)
+    v = listed.gather(problem.v, exact)  # into the buffer that held the keys
+    if listed.gaps is not None:
+        _blank(v, listed.gaps)
+    return Partial(torch.bmm(weights, v), torch.logsumexp(logits, dim=-1) if problem.return_lse else None)
 
 
 def _blank(v: Tensor, gaps: Tensor) -> None:
