@@ -38,8 +38,7 @@ _FOUND: weakref.WeakKeyDictionary[nn.Module, dict[int, _Found | None]] = weakref
 
 
 def rotary_of(model: PreTrainedModel, layer: int) -> Rotary | None:
-    """The rotary embedding of a layer, with no pairs where the layer carries no position in a model whose other layers
-    do.
+    """The rotary embedding of a layer; with no pairs where this layer carries no position and others of the model do.
 
     None where the model has none, where its angles depend on the sequence length, or where keys are not made of turned
     channels first and unturned ones after them (latents, tables of sines).

@@ -26,6 +26,11 @@ POCKET_PHASES = (
     Phase(until=0.76, context=16384, tokens=262_144, mix=(0.27, 0.14, 0.23, 0.08, 0.28)),
     Phase(until=1.00, context=32768, tokens=262_144, mix=(0.28, 0.16, 0.26, 0.08, 0.22)),
 )
+CHAIN_PHASES = (
+    Phase(until=0.66, context=1024, tokens=131_072, mix=(0.06, 0.03, 0.05, 0.02, 0.84)),
+    Phase(until=1.00, context=16384, tokens=262_144, mix=(0.22, 0.12, 0.20, 0.06, 0.40)),
+)
+LENGTH_PHASES = (Phase(until=1.00, context=32768, tokens=262_144, mix=(0.18, 0.18, 0.30, 0.06, 0.28)),)
 TINY_PHASES = (
     Phase(until=0.5, context=128, tokens=512, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
     Phase(until=1.0, context=256, tokens=512, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
@@ -37,6 +42,7 @@ class TrainConfig:
     """Everything that decides a run. Give `seconds` or `steps`, the length of the run, not both."""
 
     out: Path
+    start: Path | None = None  # a folder with weights to go on from; None: untrained ones
     phases: tuple[Phase, ...] = POCKET_PHASES
     seconds: float | None = None
     steps: int | None = None
@@ -77,8 +83,24 @@ class TrainConfig:
 
 
 def pocket_config(out: str | Path, seconds: float = 282.0) -> TrainConfig:
-    """The recipe of the shipped model, which took 282 seconds on two H200; more time makes it follow chains better."""
+    """The first of the three runs behind the shipped model: 282 seconds on two H200."""
     return TrainConfig(out=Path(out), seconds=seconds, compile=True, cudnn=True)
+
+
+def chains_config(out: str | Path, start: Path, seconds: float = 185.0) -> TrainConfig:
+    """The second run, from the weights of the first: mostly chains of variables, which the first follows over one hop only."""
+    return TrainConfig(
+        out=Path(out), start=start, seconds=seconds, phases=CHAIN_PHASES, rate=2e-3, warmup_steps=60, decay_from=0.45, seed=5,
+        compile=True, cudnn=True,
+    )  # fmt: skip
+
+
+def length_config(out: str | Path, start: Path, seconds: float = 48.0) -> TrainConfig:
+    """The third run, from the weights of the second: 32K contexts again, which the second forgets."""
+    return TrainConfig(
+        out=Path(out), start=start, seconds=seconds, phases=LENGTH_PHASES, rate=1.5e-3, warmup_steps=15, decay_from=0.35, seed=9,
+        corpus_megabytes=60.0, compile=True, cudnn=True,
+    )  # fmt: skip
 
 
 def tiny_config(out: str | Path, steps: int = 16) -> TrainConfig:

@@ -41,7 +41,9 @@ SHARD_BYTES = 13_500_000
 
 
 def build_model(config: TrainConfig) -> LlamaForCausalLM:
-    """The untrained model, float32, on the CPU; the weights follow `config.seed`."""
+    """The model to train, float32, on the CPU: the one in `config.start`, else an untrained one that follows `config.seed`."""
+    if config.start is not None:
+        return LlamaForCausalLM.from_pretrained(config.start, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(config.seed)
     llama = LlamaConfig(
         vocab_size=VOCABULARY,

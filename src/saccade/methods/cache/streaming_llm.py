@@ -5,8 +5,10 @@ dropped. Positions are those in the cache (0 ... n - 1), so that distances stay 
 the stream is. Rotary angles depend on distances only, so a window key keeps the angle of its true position, and a sink
 is turned forward by the number of tokens dropped so far:
 
-    sink at p, E tokens dropped:  rope(k, p + E),  always turned from the original key, so that rounding does not add
-    up.
+    sink at p, E tokens dropped:  rope(k, p + E)
+
+It is always turned from its original key, so that rounding does not add up. The model computes its own angles in
+float32, which limits very long streams: at position 10^6 the fastest pair is known to 0.03 radians.
 
 With sinks=0 this is window attention, the baseline that fails once the first tokens have left.
 
