@@ -4,8 +4,8 @@ PYTHON    ?= python3
 TORCH     ?= torch==2.13.0
 MARKS     ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,not gpu)
 WORKERS   ?= auto
-DEMO_ARGS ?= --model pocket --tasks needle --lengths 2048,4096 --samples 5 --json saccade-report.json --html saccade-report.html \
-  --methods "dense;streaming-llm(window=508);snapkv(budget=0.25, window=64, kernel=31);quest(budget=0.25);zipcache;sampleattention"
+DEMO_ARGS ?= --model pocket --tasks needle --lengths 2048,4096 --samples 4 --json saccade-report.json --html saccade-report.html \
+  --methods "dense;streaming-llm(window=508);snapkv(budget=0.25, window=64, kernel=31);quest(budget=0.25);zipcache"
 BENCH_ARGS ?=
 
 VENV := .venv

@@ -18,9 +18,13 @@ class Recipe(StrEnum):
 
 
 def command(
-    recipe: Annotated[Recipe, typer.Argument(help="pocket, then pocket-chains and pocket-length with --start: minutes on GPUs; tiny: seconds on a CPU.")],
+    recipe: Annotated[
+        Recipe, typer.Argument(help="pocket, then pocket-chains and pocket-length with --start: minutes on GPUs; tiny: seconds on a CPU.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed.")],
-    start: Annotated[Path | None, typer.Option("--start", help="pocket-chains, pocket-length: folder with the weights to go on from.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="pocket-chains, pocket-length: folder with the weights to go on from.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option("--seconds", help="Length of the run; the shipped model's by default.", min=10)] = None,
     steps: Annotated[int, typer.Option("--steps", help="tiny: length of the run.", min=1)] = 16,
     examine: Annotated[bool, typer.Option("--examine/--no-examine", help="Score the model by length at the end (not for tiny).")] = True,
