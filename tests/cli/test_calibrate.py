@@ -43,11 +43,11 @@ class Words:
 
 def test_a_plan_is_written_and_used(tmp_path: Path) -> None:
     out = tmp_path / "plan.safetensors"
-    result = run("minference(growth=1.0)", "-o", str(out), "--length", "128", "--batches", "2", "--seed", "3")
+    result = run("minference(growth=1.0)", "-o", str(out), "--length", "128", "--batches", "1", "--seed", "3")
     assert result.exit_code == 0 and result.stdout == f"plan: {out}\n", result.output
     plan = Plan.load(out)
     assert (plan.slug, plan.spec) == ("minference", "minference(growth=1.0)")
-    facts = {"batches": 2, "tokens": 256, "seed": 3, "length": 128, "text": "shipped"}
+    facts = {"batches": 1, "tokens": 128, "seed": 3, "length": 128, "text": "shipped"}
     assert facts.items() <= plan.notes.items()
     assert plan.tensor(7, "pattern").shape == (6,) and int(plan.tensor(0, "length")) == 128
     plan.check_model(pocket())
@@ -68,8 +68,9 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 def test_a_text_of_ones_own(tmp_path: Path) -> None:
     data, out = tmp_path / "own.txt", tmp_path / "plan.safetensors"
     data.write_text("All work and no play makes Jack a dull boy.\n" * 100)
-    assert run("loki", "--data", str(data), "-o", str(out), "--length", "64", "--batches", "1").exit_code == 0
-    assert Plan.load(out).notes["text"] == "own.txt"
+    assert run("loki", "--data", str(data), "-o", str(out), "--length", "64", "--batches", "2").exit_code == 0
+    notes = Plan.load(out).notes
+    assert (notes["text"], notes["batches"], notes["tokens"]) == ("own.txt", 2, 128)
 
 
 def test_samples_are_exact_and_begin_like_any_sequence() -> None:

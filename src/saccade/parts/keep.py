@@ -11,7 +11,7 @@ from saccade.core import StoredKV
 def best_slots(
     scores: Tensor, count: int, *, sinks: int = 0, recent: int = 0, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The `count` best of n slots per row and head, ascending: indices `(B, H, count)` int64, and, with `valid`, how many
+    """The `count` best of n slots per row and head, ascending: indices `(B, H, count)` int64, and with `valid` how many
     of them each head has, `(B, H)`.
 
     scores `(B, H, n)`. The first `sinks` and last `recent` slots come out of the count first; where the count is too

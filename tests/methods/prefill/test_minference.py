@@ -317,6 +317,7 @@ def test_columns_and_diagonals_beat_the_a_shape_where_the_prompt_asks() -> None:
     assert everywhere[0] > 0.9 * everywhere[1] and everywhere[0] > 2 * everywhere[2]
 
 
+@pytest.mark.slow
 def test_calibrated_shapes_are_at_least_as_good_as_any_one_shape(plan: Plan) -> None:
     ids = streams(1, 1023)
     with capture(pocket()) as layers, torch.no_grad():
@@ -333,6 +334,7 @@ def test_calibrated_shapes_are_at_least_as_good_as_any_one_shape(plan: Plan) -> 
     assert len(chosen) > 1  # heads differ
 
 
+@pytest.mark.slow
 def test_needles_are_found_with_a_plan(plan: Plan) -> None:
     ids, answers = prompts(2047, (0.3, 0.7))
     found, density = hits(ids, answers, "minference(growth=1.0)", plan)

@@ -181,7 +181,8 @@ def test_mass_follows_alpha_on_the_pocket_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "length", "most"), [("sampleattention", 1024, 0.7), ("sampleattention(alpha=0.8)", 2048, 0.45)]
+    ("spec", "length", "most"),
+    [("sampleattention", 1024, 0.7), pytest.param("sampleattention(alpha=0.8)", 2048, 0.45, marks=pytest.mark.slow)],
 )
 def test_needles_are_found(spec: str, length: int, most: float) -> None:
     ids, answers = prompts(length - 1, (0.3, 0.7))
