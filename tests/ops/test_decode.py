@@ -16,9 +16,9 @@ from torch import Tensor
 
 import saccade
 from saccade.core import HeadLayout, Partial, Selection, merge
-from saccade.ops import decode
+from saccade.ops import decode, scratch
 from saccade.ops.attend.problem import Problem
-from saccade.ops.decode import scratch, single
+from saccade.ops.decode import single
 from saccade.ops.decode.listed import Ends
 from saccade.parts.growing import Growing
 

@@ -29,6 +29,7 @@ def command(
     density: Annotated[float, typer.Option("--density", help="attend: share of the visible pairs that is read.", min=1e-4, max=1.0)] = 0.10,
     tile: Annotated[int, typer.Option("--tile", help="attend: tile size on both sides.", min=1)] = 128,
     selected: Annotated[int, typer.Option("--selected", help="decode: tokens read per head.", min=1)] = 1024,
+    page: Annotated[int, typer.Option("--page", help="decode: tokens are read in whole pages of this many.", min=1)] = 1,
     dtype: Annotated[DType, typer.Option("--dtype", help="Number format.")] = DType.float32,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     impl: Annotated[str, typer.Option("--impl", help="Implementation: auto, reference, cpu, flex.")] = "auto",
@@ -60,7 +61,7 @@ def command(
     else:
         if selected > (n or 32768):
             raise ValueError(f"--selected {selected} is more than the {n or 32768} keys there are")
-        result = bench_decode(n=n or 32768, selected=selected, check=check, **shape)
+        result = bench_decode(n=n or 32768, selected=selected, page=page, check=check, **shape)
     write_json(result)
     if json is not None:
         import json as text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.ops.decode.scratch import as_exact
+from saccade.ops.scratch import as_exact
 
 CHUNK = 4 << 20  # bytes of stored rows turned to float32 at a time
 

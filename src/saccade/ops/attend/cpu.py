@@ -18,7 +18,7 @@ from saccade.ops.attend.gather import KeyRows
 from saccade.ops.attend.problem import Problem
 from saccade.ops.attend.tile import attend_tile
 
-CHUNK = 1 << 22  # elements of gathered keys, or of one mask, held at a time
+CHUNK = 1 << 24  # elements of gathered keys, or of one mask, held at a time
 SLACK = 1.15  # how much longer than the shortest the longest list of a batched call may be
 
 
@@ -70,10 +70,11 @@ class _Work:
         tiles = padded.unflatten(1, (lists.heads, group)).unflatten(3, (s.tiles, s.block_q))
         tiles = tiles.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B*H*Tq, group*block_q, D)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, problem.k, problem.v))
         lse = torch.full(tiles.shape[:2], -torch.inf, dtype=exact, device=q.device) if problem.return_lse else None
         return cls(
             problem=problem, lists=lists, group=group, q=tiles, out=q.new_zeros(*tiles.shape[:2], problem.v.shape[-1]), lse=lse,
-            keys=KeyRows(problem.k, problem.v, heads=lists.heads, group=1 if shared else layout.group),
+            keys=KeyRows(problem.k, problem.v, heads=lists.heads, group=1 if shared else layout.group, reuse=not differentiable),
         )  # fmt: skip
 
     @property

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.scratch import scratch
+
 
 class KeyRows:
     """K and V seen as flat rows, so that one `index_select` fetches the listed keys of many heads.
 
     Works on views into larger buffers (a growing cache, a transposed projection) without making them contiguous.
-    `heads` lists are gathered, list head h from key/value head `h // group`.
+    `heads` lists are gathered, list head h from key/value head `h // group`. reuse: what is gathered lies in buffers
+    that the next call overwrites, so nothing (autograd for one) may hold on to it.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, *, heads: int, group: int) -> None:
+    def __init__(self, k: Tensor, v: Tensor, *, heads: int, group: int, reuse: bool = False) -> None:
         self.n_k = k.shape[2]
+        self.reuse = reuse
         kv_head = torch.arange(heads, device=k.device) // group
         self.sources = [_flat_rows(x, kv_head) for x in (k, v)]
 
@@ -22,9 +26,15 @@ class KeyRows:
         """K and V rows for ids `(P, n)` (ids >= n_k give some row) of (batch, list head) pairs `(P,)`: `(P, n, D)`, `(P, n, Dv)`."""
         ids = ids.clamp(max=self.n_k - 1)
         picked = []
-        for flat, base, step in self.sources:
-            index = ids * step + base[pairs].unsqueeze(-1)
-            picked.append(flat.index_select(0, index.flatten()).view(*ids.shape, flat.shape[-1]))
+        for name, (flat, base, step) in zip(("gathered keys", "gathered values"), self.sources, strict=True):
+            index = (ids * step + base[pairs].unsqueeze(-1)).flatten()
+            shape = (*ids.shape, flat.shape[-1])
+            if self.reuse:
+                rows = scratch(name, shape, flat.dtype, flat.device)
+                torch.index_select(flat, 0, index, out=rows.view(-1, shape[-1]))
+                picked.append(rows)
+            else:
+                picked.append(flat.index_select(0, index).view(shape))
         return picked[0], picked[1]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import Selection
-from saccade.ops.decode.scratch import as_exact, scratch
+from saccade.ops.scratch import as_exact, scratch
 
 
 class Ends(NamedTuple):
