@@ -32,7 +32,7 @@ def command(
     page: Annotated[int, typer.Option("--page", help="decode: tokens are read in whole pages of this many.", min=1)] = 1,
     dtype: Annotated[DType, typer.Option("--dtype", help="Number format.")] = DType.float32,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    impl: Annotated[str, typer.Option("--impl", help="Implementation: auto, reference, cpu, flex.")] = "auto",
+    impl: Annotated[str, typer.Option("--impl", help="Implementation: auto, reference, cpu, triton, flex.")] = "auto",
     repeats: Annotated[int, typer.Option("--repeats", help="Rounds; the contestants take turns.", min=1)] = 7,
     check: Annotated[bool, typer.Option("--check", help="Compare with the reference; exit code 1 if it differs.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file as well.")] = None,

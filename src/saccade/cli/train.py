@@ -14,16 +14,17 @@ class Recipe(StrEnum):
     pocket = "pocket"
     chains = "pocket-chains"
     length = "pocket-length"
+    finish = "pocket-finish"
     tiny = "tiny"
 
 
 def command(
     recipe: Annotated[
-        Recipe, typer.Argument(help="pocket, then pocket-chains and pocket-length with --start: minutes on GPUs; tiny: seconds on a CPU.")
+        Recipe, typer.Argument(help="pocket, then pocket-chains, -length and -finish with --start: minutes on GPUs; tiny: seconds on a CPU.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed.")],
     start: Annotated[
-        Path | None, typer.Option("--start", help="pocket-chains, pocket-length: folder with the weights to go on from.")
+        Path | None, typer.Option("--start", help="pocket-chains, -length, -finish: folder with the weights to go on from.")
     ] = None,
     seconds: Annotated[float | None, typer.Option("--seconds", help="Length of the run; the shipped model's by default.", min=10)] = None,
     steps: Annotated[int, typer.Option("--steps", help="tiny: length of the run.", min=1)] = 16,
@@ -36,7 +37,7 @@ def command(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from saccade.cli.console import console, write
-    from saccade.train.config import chains_config, length_config, pocket_config, tiny_config
+    from saccade.train.config import chains_config, finish_config, length_config, pocket_config, tiny_config
     from saccade.train.pocket import train
     from saccade.train.report import write_report
 
@@ -46,10 +47,11 @@ def command(
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} does not exist: create it, or give another --out")
     given = {} if seconds is None else {"seconds": seconds}
-    if recipe in (Recipe.chains, Recipe.length):
+    follow_ups = {Recipe.chains: chains_config, Recipe.length: length_config, Recipe.finish: finish_config}
+    if recipe in follow_ups:
         if start is None or not (start / "config.json").is_file():
             raise ValueError(f"{recipe.value} goes on from trained weights: give their folder with --start (given: {start})")
-        config = (chains_config if recipe is Recipe.chains else length_config)(out, start, **given)
+        config = follow_ups[recipe](out, start, **given)
     else:
         config = tiny_config(out, steps) if recipe is Recipe.tiny else pocket_config(out, **given)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

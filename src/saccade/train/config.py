@@ -31,6 +31,11 @@ CHAIN_PHASES = (
     Phase(until=1.00, context=16384, tokens=262_144, mix=(0.22, 0.12, 0.20, 0.06, 0.40)),
 )
 LENGTH_PHASES = (Phase(until=1.00, context=32768, tokens=262_144, mix=(0.18, 0.18, 0.30, 0.06, 0.28)),)
+FINISH_PHASES = (
+    Phase(until=0.42, context=2048, tokens=131_072, mix=(0.10, 0.04, 0.06, 0.02, 0.78)),
+    Phase(until=0.68, context=8192, tokens=262_144, mix=(0.16, 0.10, 0.16, 0.06, 0.52)),
+    Phase(until=1.00, context=32768, tokens=262_144, mix=(0.14, 0.14, 0.22, 0.06, 0.44)),
+)
 TINY_PHASES = (
     Phase(until=0.5, context=128, tokens=512, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
     Phase(until=1.0, context=256, tokens=512, mix=(0.4, 0.2, 0.2, 0.0, 0.2)),
@@ -83,7 +88,7 @@ class TrainConfig:
 
 
 def pocket_config(out: str | Path, seconds: float = 282.0) -> TrainConfig:
-    """The first of the three runs behind the shipped model: 282 seconds on two H200."""
+    """The first of the four runs behind the shipped model: 282 seconds on two H200."""
     return TrainConfig(out=Path(out), seconds=seconds, compile=True, cudnn=True)
 
 
@@ -100,6 +105,14 @@ def length_config(out: str | Path, start: Path, seconds: float = 48.0) -> TrainC
     return TrainConfig(
         out=Path(out), start=start, seconds=seconds, phases=LENGTH_PHASES, rate=1.5e-3, warmup_steps=15, decay_from=0.35, seed=9,
         corpus_megabytes=60.0, compile=True, cudnn=True,
+    )  # fmt: skip
+
+
+def finish_config(out: str | Path, start: Path, seconds: float = 175.0) -> TrainConfig:
+    """The fourth run, from the weights of the third: chains at rising lengths, so that they are followed at 32K too."""
+    return TrainConfig(
+        out=Path(out), start=start, seconds=seconds, phases=FINISH_PHASES, rate=1.6e-3, warmup_steps=30, decay_from=0.5, seed=33,
+        corpus_megabytes=120.0, compile=True, cudnn=True,
     )  # fmt: skip
 
 

@@ -164,9 +164,9 @@ def test_pocket_window_votes_beat_accumulated_attention(attended: list[tuple[Ten
 
 def test_pocket_finds_the_needle() -> None:
     """A quarter of the cache, query-aware. The pocket model reads bytes, about four to a token of the paper's models,
-    so votes are pooled over 21 positions instead of 5; at 5 the ends of long values are lost."""
+    so votes are pooled over 31 positions instead of 5; at 5 the ends of long values are lost."""
     ids, answers = prompts(2048, (0.1, 0.5))
-    assert found(ids, answers, "snapkv(budget=0.25, kernel=21)") == [True, True]
+    assert found(ids, answers, "snapkv(budget=0.25, kernel=31)") == [True, True]
     assert found(ids[:1], answers[:1], "random(budget=0.25)") == [False]
 
 

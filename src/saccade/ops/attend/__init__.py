@@ -3,8 +3,9 @@
     out_i = sum_j p_ij v_j,   p_ij = exp(l_ij) / sum_j' exp(l_ij'),   l_ij = cap(scale * q_i.k_j) + bias_ij + log_weight_j
 
 over the keys j that query i reads. Implementations: `reference` (dense mask, differentiable, any dtype: the oracle), `cpu` (gathers
-the listed keys and touches no others; plain torch, made for CPUs, runs on any device), `flex` (torch FlexAttention, compiled).
-Without a selection, plain dense attention goes to torch's scaled_dot_product_attention.
+the listed keys and touches no others; plain torch, made for CPUs, runs on any device), `triton` (kernels for GPUs, differentiable),
+`flex` (torch FlexAttention, compiled). `auto` takes the kernels on a GPU and `cpu` elsewhere; without a selection, plain dense
+attention goes to torch's scaled_dot_product_attention. `saccade.last_run()` says which it was.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 from saccade.core import Partial, Selection, check_attention_inputs, merge
 from saccade.ops.attend import cpu, dense, flex, reference
 from saccade.ops.attend.problem import ExtraKeys, Problem
+from saccade.ops.gpu import require_triton, runs_on
 from saccade.ops.record import LastRun, note
 
-Impl = Literal["auto", "reference", "cpu", "flex"]
-IMPLEMENTATIONS = ("auto", "reference", "cpu", "flex")
+Impl = Literal["auto", "reference", "cpu", "triton", "flex"]
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton", "flex")
 
 __all__ = ["IMPLEMENTATIONS", "ExtraKeys", "Impl", "attend"]
 
@@ -65,8 +67,15 @@ def attend(
     elif impl == "flex":
         flex.require(problem)
         name, out = "flex", flex.attend(problem)
+    elif impl == "triton":
+        require_triton("attend", q)
+        out = _kernels(problem, asked=True)
+        assert out is not None
+        name = "triton"
     elif selection is None:
         name, out = dense.attend(problem)
+    elif impl == "auto" and runs_on(q) and (kernels := _kernels(problem, asked=False)) is not None:
+        name, out = "triton", kernels
     else:
         name, out = "cpu", cpu.attend(problem)
     if extra_keys is not None:
@@ -77,6 +86,18 @@ def attend(
         dtype=str(q.dtype).removeprefix("torch."), selection=selection,
     ))  # fmt: skip
     return out
+
+
+def _kernels(problem: Problem, *, asked: bool) -> Partial | None:
+    """What the Triton kernels give, None where they can't run the problem; ValueError then if they were asked for by name."""
+    from saccade.ops.attend import triton
+
+    reason = triton.refuses(problem)
+    if reason is None:
+        return triton.attend(problem)
+    if asked:
+        raise ValueError(f'attend: impl "triton" can\'t run this: {reason}; use impl "auto"')
+    return None
 
 
 def _check_selection(selection: Selection, q: Tensor, k: Tensor) -> None:

@@ -1,0 +1,138 @@
+"""From a forward result and its gradient to the two backward kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from saccade.ops.attend.triton.backward_k import backward_k_kernel
+from saccade.ops.attend.triton.backward_q import backward_q_kernel, delta_kernel
+from saccade.ops.attend.triton.launch import Lists, list_strides, rows_descriptor, unit_stride
+from saccade.ops.gpu import next_power_of_two
+
+
+class Config(NamedTuple):
+    """Query-major kernel: q_rows x q_keys a step; key-major: k_rows queries x k_keys. gathered: single keys of a step."""
+
+    q_rows: int
+    q_keys: int
+    k_rows: int
+    k_keys: int
+    gathered: int
+    q_warps: int
+    k_warps: int
+    q_stages: int
+    k_stages: int
+
+
+def backward_config(dim: int, dtype: torch.dtype, listed: bool) -> Config:
+    """Tile sizes for the larger of the two head dims, found on an H200 (docs/performance.md)."""
+    if dtype == torch.float32:
+        return Config(32, 32, 32, 32, 16, 4, 4, 1, 1)
+    if dim <= 128:
+        return Config(64, 64, 64, 64, 32, 4, 4, 2, 2) if listed else Config(128, 64, 64, 64, 32, 8, 4, 3, 2)
+    return Config(64, 32, 32, 64, 16, 8, 8, 1, 1)
+
+
+def readers(lists: Lists, n_q: int, n_k: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Which query tiles read each key tile: ids `(B or 1, H, Tk, Tq)` int32, ascending, and counts `(B or 1, H, Tk)` int32.
+
+    For aligned key tiles. No host synchronisation; B * H * Tq * Tk entries are sorted.
+    """
+    key_tiles = triton.cdiv(n_k, lists.block_k)
+    tile = torch.where(lists.starts >= n_k, key_tiles, lists.starts // lists.block_k).long()
+    mask = torch.zeros(*tile.shape[:3], key_tiles + 1, dtype=torch.bool, device=tile.device)
+    mask = mask.scatter_(3, tile, True)[..., :key_tiles]
+    if causal:
+        last = (torch.arange(mask.shape[2], device=tile.device) + 1) * lists.block_q - 1 + n_k - n_q
+        begin = torch.arange(key_tiles, device=tile.device) * lists.block_k
+        mask = mask & (begin <= last[:, None])
+    mask = mask.transpose(2, 3)
+    # unread tiles last; a stable sort keeps the order of the others
+    order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
+    return order.to(torch.int32).contiguous(), mask.sum(-1, dtype=torch.int32).contiguous()
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, lists: Lists | None, *,
+    causal: bool, scale: float, softcap: float, config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v in their dtypes; d_lse None: nothing depends on the log-sum-exp."""
+    batch, heads, n_q, dim = q.shape
+    kv_heads, n_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
+    if q.numel() == 0 or n_k == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    config = config or backward_config(max(dim, dim_v), q.dtype, lists is not None)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    d_out = d_out.contiguous()
+    out = out.contiguous()
+    delta = torch.empty_like(lse)
+    padded_v = max(16, next_power_of_two(dim_v))
+    delta_kernel[(triton.cdiv(lse.numel(), 64),)](
+        out, d_out, lse if d_lse is None else d_lse.contiguous(), delta, lse.numel(),
+        DV=dim_v, BDV=padded_v, BM=64, HAS_LSE=d_lse is not None,
+    )  # fmt: skip
+    padded = max(16, next_power_of_two(dim))
+    none = q.new_empty(1, 1, 1, 0, dtype=torch.int32)
+    listed = lists is not None
+    if lists is None:
+        rows, keys = config.q_rows, config.q_keys
+        lists = Lists(none, none, none, none, None, rows, keys, True)
+        k_rows, k_keys, small, tiled = config.k_rows, config.k_keys, False, True
+    else:
+        rows, keys = min(lists.block_q, config.q_rows), min(lists.block_k, config.q_keys)
+        k_rows, k_keys = min(lists.block_q, config.k_rows), min(lists.block_k, config.k_keys)
+        # a tile that can't be walked in power-of-two steps of at least 16 is gathered
+        fits = lists.aligned and all(
+            step >= 16 and step == next_power_of_two(step) and size % step == 0
+            for size, step in ((lists.block_k, keys), (lists.block_k, k_keys), (lists.block_q, k_rows))
+        )
+        named = lists.starts.shape[-1] > 0
+        small, tiled = named and not fits, named and fits
+    tokens = lists.tokens.shape[-1] > 0
+    gathers = small or tokens
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    exact = torch.float32 if gathers else k.dtype
+    make = torch.zeros if gathers else torch.empty
+    dk, dv = make(k.shape, dtype=exact, device=q.device), make(v.shape, dtype=exact, device=q.device)
+    half, precision = (True, "tf32") if q.dtype != torch.float32 else (False, "ieee")
+    block_m = max(16, next_power_of_two(rows))
+
+    def descriptors(q_rows: int, k_rows: int) -> list[TensorDescriptor | None]:
+        return [
+            rows_descriptor(x, size, width) if half and tiled else None
+            for x, size, width in ((q, q_rows, padded), (k, k_rows, padded), (v, k_rows, padded_v), (d_out, q_rows, padded_v))
+        ]
+
+    list_heads = max(lists.starts.shape[1], lists.tokens.shape[1])
+    grid = (triton.cdiv(n_q, lists.block_q) * triton.cdiv(lists.block_q, rows), batch * heads)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    shape = {"D": dim, "DV": dim_v, "BD": padded, "BDV": padded_v, "CAUSAL": causal, "HAS_CAP": softcap != 0, "PRECISION": precision}
+    ours = descriptors(block_m, keys)
+    tma = ours[1] is not None and ours[2] is not None
+    tma_q = not gathers and block_m == rows and ours[0] is not None and ours[3] is not None
+    backward_q_kernel[grid](
+        q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dq, dk, dv,
+        lists.starts, lists.start_counts, lists.tokens, lists.token_counts, q if lists.log_weight is None else lists.log_weight,
+        scale, float(softcap), n_q, n_k, *strides, *list_strides(lists), heads, heads // kv_heads, heads // list_heads,
+        triton.cdiv(n_q, lists.block_q), block_q=lists.block_q, block_k=lists.block_k, ROWS=rows,
+        BM=block_m, BN=keys if tiled else 16, BT=config.gathered, LISTED=listed, SMALL=small, TOKENS=tokens,
+        WEIGHT=lists.log_weight is not None, TMA=tma, TMA_Q=tma_q, STAGES=config.q_stages, EVEN=n_k % keys == 0, **shape,
+        num_warps=config.q_warps if block_m >= 64 else 4, num_stages=config.q_stages,
+    )  # fmt: skip
+    if tiled:
+        ids, counts = readers(lists, n_q, n_k, causal) if listed else (none, none)
+        ours = descriptors(k_rows, k_keys)
+        tma = all(x is not None for x in ours)
+        backward_k_kernel[(triton.cdiv(n_k, k_keys), batch * kv_heads)](
+            q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dk, dv, ids, counts,
+            scale, float(softcap), n_q, n_k, ids.shape[-1], *strides, heads, heads // kv_heads, ids.shape[1], ids.shape[0],
+            block_q=lists.block_q, block_k=lists.block_k if listed else k_keys, BM=k_rows, BN=k_keys, LISTED=listed, ADD=gathers, TMA=tma,
+            STAGES=config.k_stages, EVEN=n_q % (lists.block_q if listed else k_rows) == 0, **shape,
+            num_warps=config.k_warps if k_keys >= 64 else 4, num_stages=config.k_stages,
+        )  # fmt: skip
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
