@@ -14,7 +14,7 @@ BIN  := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench clean distclean
+.PHONY: help install demo test test-all test-gpu check bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: $(VENV)/.installed ## run the fast tests
 
 test-all: $(VENV)/.installed ## run every test (those for a GPU only where there is one)
 	$(PYTEST) -m "$(MARKS)"
+
+test-gpu: $(VENV)/.installed ## run the tests of the kernels on a GPU
+	$(PYTEST) -m "not slow" tests/ops
 
 check: $(VENV)/.installed ## lint and check types
 	$(BIN)/ruff check .

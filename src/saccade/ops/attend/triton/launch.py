@@ -85,8 +85,8 @@ def packed_heads(group: int, block_q: int, most: int) -> int:
     return max(p for p in range(1, group + 1) if group % p == 0 and (p == 1 or p * block_q <= most))
 
 
-def rows_descriptor(x: Tensor, keys: int, width: int) -> TensorDescriptor | None:
-    """x `(B, H, N, D)` as rows of one long matrix, for the tensor memory accelerator; None where its strides don't allow that."""
+def rows_layout(x: Tensor, width: int) -> tuple[list[int], list[int]] | None:
+    """Shape and strides of x `(B, H, N, D)` as rows of one long matrix, for the copy engine; None where x can't be seen so."""
     batch, heads, n, dim = x.shape
     per_batch, per_head, per_row, per_channel = x.stride()
     if per_channel != 1 or per_row < dim or n == 0 or x.data_ptr() % 16 or (per_row * x.element_size()) % 16:
@@ -97,12 +97,15 @@ def rows_descriptor(x: Tensor, keys: int, width: int) -> TensorDescriptor | None
         return None
     if width != dim and per_row != dim:
         return None  # the padding channels would be those of the next head
-    last = (batch - 1) * per_batch + (heads - 1) * per_head
-    rows = last // per_row + n
+    rows = ((batch - 1) * per_batch + (heads - 1) * per_head) // per_row + n
     cols = per_row if heads > 1 and per_head % per_row else dim
-    if rows >= 2**31:
-        return None
-    return TensorDescriptor(x, [rows, cols], [per_row, 1], [keys, width])
+    return None if rows >= 2**31 else ([rows, cols], [per_row, 1])
+
+
+def rows_descriptor(x: Tensor, keys: int, width: int) -> TensorDescriptor | None:
+    """A descriptor of blocks of `keys` rows and `width` channels of x, None where there can't be one."""
+    layout = rows_layout(x, width)
+    return None if layout is None else TensorDescriptor(x, *layout, [keys, width])
 
 
 def forward(
@@ -113,7 +116,6 @@ def forward(
     batch, heads, n_q, dim = q.shape
     kv_heads, n_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
     group = heads // kv_heads
-    config = config or forward_config(max(dim, dim_v), q.dtype, lists is not None and lists.starts.shape[-1] == 0)
     out = torch.empty(batch, heads, n_q, dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, n_q) if need_lse else (0,), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or n_k == 0:
@@ -121,6 +123,13 @@ def forward(
     q, k, v = (unit_stride(x) for x in (q, k, v))
     if scale < 0:
         q, scale = -q, -scale
+    if config is None and softcap == 0 and bias is None and _hopper_takes(q, k, v, lists, scale):
+        from saccade.ops.attend.triton import hopper
+
+        strides = (0,) * 5 if lists is None else list_strides(lists)
+        hopper.forward(q, k, v, lists, strides, causal=causal, scale=scale, out=out, lse=lse)
+        return out, lse
+    config = config or forward_config(max(dim, dim_v), q.dtype, lists is not None and lists.starts.shape[-1] == 0)
     if lists is None:
         block_q, block_k, pack = config.rows, config.keys, 1
         none = q.new_empty(1, 1, 1, 0, dtype=torch.int32)
@@ -158,3 +167,11 @@ def forward(
         num_warps=config.warps if block_m >= 64 else 4, num_stages=config.stages,
     )  # fmt: skip
     return out, lse
+
+
+def _hopper_takes(q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, scale: float) -> bool:
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    from saccade.ops.attend.triton import hopper
+
+    return hopper.takes(q, k, v, lists, scale)

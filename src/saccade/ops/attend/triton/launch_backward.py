@@ -41,7 +41,7 @@ def backward_config(dim: int, dtype: torch.dtype, listed: bool) -> Config:
 def readers(lists: Lists, n_q: int, n_k: int, causal: bool) -> tuple[Tensor, Tensor]:
     """Which query tiles read each key tile: ids `(B or 1, H, Tk, Tq)` int32, ascending, and counts `(B or 1, H, Tk)` int32.
 
-    For aligned key tiles. No host synchronisation; B * H * Tq * Tk entries are sorted.
+    For aligned key tiles. No host synchronisation; memory B * H * Tq * Tk entries.
     """
     key_tiles = triton.cdiv(n_k, lists.block_k)
     tile = torch.where(lists.starts >= n_k, key_tiles, lists.starts // lists.block_k).long()
@@ -51,10 +51,13 @@ def readers(lists: Lists, n_q: int, n_k: int, causal: bool) -> tuple[Tensor, Ten
         last = (torch.arange(mask.shape[2], device=tile.device) + 1) * lists.block_q - 1 + n_k - n_q
         begin = torch.arange(key_tiles, device=tile.device) * lists.block_k
         mask = mask & (begin <= last[:, None])
-    mask = mask.transpose(2, 3)
-    # unread tiles last; a stable sort keeps the order of the others
-    order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
-    return order.to(torch.int32).contiguous(), mask.sum(-1, dtype=torch.int32).contiguous()
+    mask = mask.transpose(2, 3).contiguous()
+    query_tiles = mask.shape[-1]
+    # the n-th reader goes to place n, all others to a place that is cut off
+    place = torch.where(mask, mask.cumsum(-1, dtype=torch.int32) - 1, query_tiles).long()
+    ids = torch.zeros(*mask.shape[:3], query_tiles + 1, dtype=torch.int32, device=mask.device)
+    ids.scatter_(3, place, torch.arange(query_tiles, dtype=torch.int32, device=mask.device).expand(mask.shape))
+    return ids[..., :query_tiles].contiguous(), mask.sum(-1, dtype=torch.int32)
 
 
 def backward(

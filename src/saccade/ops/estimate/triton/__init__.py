@@ -1,0 +1,1 @@
+"""Kernels of the estimates. Imported only when one of them is to run."""
