@@ -18,7 +18,7 @@ import saccade
 from saccade.core import HeadLayout, Partial, Selection, merge
 from saccade.ops import decode, scratch
 from saccade.ops.attend.problem import Problem
-from saccade.ops.decode import single
+from saccade.ops.decode import Packed, decode_quantised, quantised, single
 from saccade.ops.decode.listed import Ends
 from saccade.parts.growing import Growing
 
@@ -266,6 +266,107 @@ def test_ragged_cache(m: int) -> None:
             assert float((got.lse[b, h] - logits.logsumexp(-1)).abs().max()) < 1e-14
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_lengths_equal_shorter_caches(impl: str, causal: bool) -> None:
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(3, h, n, 8, generator=g, dtype=torch.float64) for h, n in ((4, 2), (2, 40), (2, 40)))
+    s = Selection.from_token_mask(torch.rand(3, 2, 2, 40, generator=g) < 0.5, block_q=1, n_q=2, block_k=4, causal=causal)
+    lengths = torch.tensor([40, 0, 13])
+    k[2, :, 13:], v[1] = torch.nan, torch.nan
+    for selection in (None, s):
+        got = decode(q, k, v, selection, lengths=lengths, causal=causal, return_lse=True, impl=impl)
+        assert not got.out[1].any() and bool((got.lse[1] == -torch.inf).all())
+        for b, n in ((0, 40), (2, 13)):
+            logits = q[b].unflatten(0, (2, 2)) @ k[b, :, None, :n].mT * 8**-0.5
+            seen = torch.ones(1, 2, n, dtype=torch.bool) if selection is None else s.coverage()[b, :, :, :n]
+            if causal:
+                seen = seen & (torch.arange(n) <= torch.arange(2)[:, None] + n - 2)
+            logits = logits.masked_fill(~seen.unsqueeze(1), -torch.inf)
+            want = (logits.softmax(-1).nan_to_num(0.0) @ v[b, :, None, :n]).flatten(0, 1)
+            assert float((got.out[b] - want).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_pages_equal_one_piece(impl: str) -> None:
+    g = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(2, h, n, 8, generator=g, dtype=torch.float64) for h, n in ((4, 1), (2, 40), (2, 40)))
+    order = torch.randperm(12, generator=g)[:8].view(2, 4)
+    pages = [torch.full((12, 10, 2, 8), torch.nan, dtype=torch.float64) for _ in range(2)]
+    for x, into in zip((k, v), pages, strict=True):
+        into[order.flatten()] = x.transpose(1, 2).unflatten(1, (4, 10)).flatten(0, 1)
+    s = Selection.from_token_mask(torch.rand(2, 4, 1, 40, generator=g) < 0.5, block_q=1, n_q=1, block_k=4)
+    for options in ({}, {"lengths": torch.tensor([40, 7])}):
+        for selection in (None, s):
+            got = decode(q, *pages, selection, block_table=order.int(), return_lse=True, impl=impl, **options)
+            want = decode(q, k, v, selection, return_lse=True, impl="reference", **options)
+            assert float((got.out - want.out).abs().max()) < 1e-13
+            assert torch.equal(got.lse > -torch.inf, want.lse > -torch.inf)
+
+
+def packed(g: torch.Generator, n: int, **how: object) -> Packed:
+    return Packed.of(torch.randn(2, 2, n, 16, generator=g), **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 4}, {"bits": 3, "group": 10}, {"bits": 2, "granularity": "token", "group": 4}, {"bits": 8, "symmetric": True},
+        {"bits": 5, "granularity": "token", "group": 6, "symmetric": True}, {"bits": 3, "nonuniform": True, "outliers": 0.1},
+        {"bits": 4, "rotate": True, "granularity": "token", "group": 16, "outliers": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_quantised_decode_is_decode_of_what_is_restored(how: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "CHUNK", 16)
+    g = torch.Generator().manual_seed(9)
+    q, keys, values = torch.randn(2, 4, 2, 16, generator=g), packed(g, 50, **how), packed(g, 50, **how)
+    want = decode(q.double(), keys.read(dtype=torch.float64), values.read(dtype=torch.float64), return_lse=True, impl="reference")
+    for impl in ("cpu", "reference"):
+        got = decode_quantised(q, keys, values, return_lse=True, impl=impl)
+        assert float((got.out - want.out).abs().max()) < 2e-6 and float((got.lse - want.lse).abs().max()) < 5e-6
+        assert saccade.last_run().impl == impl
+        short = decode_quantised(q, keys, values, lengths=torch.tensor([50, 21]), softcap=3.0, return_lse=True, impl=impl)
+        restored = (x.read(dtype=torch.float64) for x in (keys, values))
+        part = decode(q.double(), *restored, lengths=torch.tensor([50, 21]), softcap=3.0, impl="reference")
+        assert float((short.out - part.out).abs().max()) < 2e-6
+
+
+def test_packed_restores_within_half_a_step_and_keeps_outliers() -> None:
+    x = torch.randn(1, 2, 37, 24, generator=torch.Generator().manual_seed(0)).double()
+    x[0, 0, 3, 5] = 40.0
+    for how in ({"granularity": "channel", "group": 10}, {"granularity": "token", "group": 7}):
+        p = Packed.of(x, 4, **how)  # type: ignore[arg-type]
+        scale = p.scale.repeat_interleave(how["group"], dim=2 if how["granularity"] == "channel" else 3)[:, :, :37, :24]
+        assert bool(((p.read(dtype=torch.float64) - x).abs() <= scale / 2 + 1e-6).all())
+        assert torch.equal(p.read(5, 20, torch.float64), p.read(dtype=torch.float64)[:, :, 5:20])
+        kept = Packed.of(x, 4, outliers=0.05, **how)  # type: ignore[arg-type]
+        assert abs(float(kept.read(dtype=torch.float64)[0, 0, 3, 5]) - 40.0) < 1e-9
+        assert float((kept.read(dtype=torch.float64) - x).norm()) < float((p.read(dtype=torch.float64) - x).norm())
+
+
+def test_packed_bytes_are_what_the_bits_say() -> None:
+    x = torch.randn(1, 2, 256, 128).bfloat16()
+    assert Packed.of(x, 4, group=128).nbytes == 2 * 256 * 64 + 2 * 2 * 2 * 128 * 2
+    assert Packed.of(x, 2, granularity="token", group=128).nbytes == 2 * 256 * 32 + 2 * 2 * 256 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(1, 1, 3, 8)}, "scale has shape"),
+        ({"zero": torch.ones(1, 1, 1, 8)}, "without a scale"),
+        ({"codebook": torch.ones(8)}, "codebook has shape"),
+        ({"outlier_index": torch.ones(1, 1, 4, 1)}, "index and a delta"),
+        ({"bits": 2}, "codes are"),
+        ({"granularity": "row"}, "granularity 'row'"),
+    ],
+)
+def test_packed_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Packed(**{"codes": torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "bits": 4, "dim": 8, **change})  # type: ignore[arg-type]
+
+
 def test_what_ran_is_on_record() -> None:
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 64, 8)
     s = Selection.from_positions(torch.arange(16)[None, None, None], n_q=1, n_k=64)
@@ -284,6 +385,11 @@ def test_what_ran_is_on_record() -> None:
         ({"softcap": -1.0}, "softcap -1.0 must be positive"),
         ({"q": torch.zeros(2, 4, 17, 8)}, "at most 16 queries"),
         ({"offsets": [0, 40]}, "needs kv_heads"),
+        ({"offsets": torch.tensor([0, 40]), "kv_heads": 2, "k": torch.zeros(40, 8), "v": torch.zeros(40, 8)}, "expected 5 int32"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, "lengths is torch.float32"),
+        ({"block_table": torch.zeros(3, 1, dtype=torch.int32), "q": torch.zeros(2, 40, 1, 8)}, "block_table is"),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int32), "v": torch.zeros(2, 3, 40, 8)}, "a paged cache has"),
+        ({"causal": True, "selection": Selection.full(1, 40, block_q=1, causal=False)}, "not causal"),
     ],
 )
 def test_refuses(change: dict[str, object], message: str) -> None:

@@ -6,7 +6,13 @@
 
 |x' - x| <= scale / 2 inside the range, up to rounding of the arithmetic (float32; float64 for float64) and of parameters
 kept in the dtype of x. Where all values are equal the scale is 0 and they are restored exactly.
+Codebooks (`codebook`, `codebook_encode`, `codebook_decode`) replace the even steps by any ascending levels; `split_outliers` takes the
+few values that would widen every range; `hadamard` rotates outliers away.
 Packed, code i takes the bits [i * bits, (i + 1) * bits) of its row, lowest bit first: n codes take ceil(n * bits / 8) bytes.
+In words (`pack_words`), each 16 bits hold 16 // bits codes, lowest first, and no code lies across two words: for 1, 2, 4 and 8 bits those
+are the same bytes, 3 bits take 3.2, 5 and 6 and 7 bits take 5.3, 8 and 8. Kernels read words.
+Checks that read values from the tensors (codes that don't fit, values that aren't finite) run for CPU tensors unless `check` says
+otherwise: on a GPU they would wait for the device.
 """
 
 from __future__ import annotations
@@ -18,12 +24,15 @@ import torch
 from torch import Tensor
 
 from saccade.ops.quant import reference
+from saccade.ops.quant.codebook import codebook, codebook_decode, codebook_encode, split_outliers
+from saccade.ops.quant.hadamard import hadamard
 
-BITS = (1, 2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 8)  # what caches offer; packing takes 1 to 8
 
 __all__ = [
-    "BITS", "Affine", "Symmetric", "affine_parameters", "affine_quantise", "dequantise", "encode", "pack", "packed_bytes",
-    "symmetric_dequantise", "symmetric_quantise", "unpack",
+    "BITS", "Affine", "Symmetric", "affine_parameters", "affine_quantise", "codebook", "codebook_decode", "codebook_encode",
+    "dequantise", "encode", "hadamard", "pack", "pack_words", "packed_bytes", "split_outliers", "symmetric_dequantise",
+    "symmetric_quantise", "unpack", "unpack_words", "word_bytes",
 ]  # fmt: skip
 
 
@@ -45,25 +54,22 @@ class Symmetric(NamedTuple):
 
 def packed_bytes(n: int, bits: int) -> int:
     """Bytes that n codes of `bits` bits take."""
-    _check_bits(bits, BITS)
+    _check_bits(bits, range(1, 9))
     return reference.packed_bytes(n, bits)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `(..., n)` uint8, each below 2^bits, as bytes `(..., ceil(n * bits / 8))` uint8; bits of 1, 2, 3, 4 or 8.
+def pack(codes: Tensor, bits: int, *, check: bool | None = None) -> Tensor:
+    """Codes `(..., n)` uint8, each below 2^bits, as bytes `(..., ceil(n * bits / 8))` uint8; 1 to 8 bits.
 
     Raises TypeError for another dtype and ValueError for a code that does not fit.
     """
-    _check_bits(bits, BITS)
-    _check_bytes(codes, "codes")
-    if bits < 8 and codes.numel() and int(codes.max()) >> bits:
-        raise ValueError(f"code {int(codes.max())} does not fit {bits} bits: codes go up to {(1 << bits) - 1}")
+    _check_codes(codes, bits, check)
     return reference.pack(codes, bits)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack`: `(..., ceil(n * bits / 8))` uint8 to `(..., n)` uint8."""
-    _check_bits(bits, BITS)
+    _check_bits(bits, range(1, 9))
     _check_bytes(packed, "packed codes")
     if packed.shape[-1] != reference.packed_bytes(n, bits):
         raise ValueError(
@@ -72,38 +78,61 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return reference.unpack(packed, bits, n)
 
 
+def word_bytes(n: int, bits: int) -> int:
+    """Bytes that n codes of `bits` bits take in words."""
+    _check_bits(bits, range(1, 9))
+    return 2 * -(-n // (16 // bits))
+
+
+def pack_words(codes: Tensor, bits: int, *, check: bool | None = None) -> Tensor:
+    """Codes `(..., n)` uint8, each below 2^bits, in words: bytes `(..., 2 * ceil(n / (16 // bits)))` uint8. Errors as in `pack`."""
+    _check_codes(codes, bits, check)
+    return reference.pack_words(codes, bits)
+
+
+def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack_words`: `(..., n)` uint8."""
+    _check_bytes(packed, "packed codes")
+    if packed.shape[-1] != word_bytes(n, bits):
+        raise ValueError(f"{packed.shape[-1]} bytes a row do not hold {n} codes of {bits} bits in words: expected {word_bytes(n, bits)}")
+    return reference.unpack_words(packed, bits, n)
+
+
 def affine_parameters(
-    x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0,
+    check: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale, zero) of asymmetric quantisation of x; see `affine_quantise`."""
     _check_bits(bits, range(1, 9))
     split, axes, dim = _split(x, dims, group, clip)
     scale, zero = reference.affine_parameters(split, bits, axes, clip)
-    _check_finite(scale, zero)
+    _check_finite(check, scale, zero)
     return (scale, zero) if dim is None else (scale.squeeze(dim), zero.squeeze(dim))
 
 
 def affine_quantise(
-    x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0
-) -> Affine:
+    x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0,
+    check: bool | None = None,
+) -> Affine:  # fmt: skip
     """Asymmetric min/max quantisation of x (finite, floating point), round to nearest, 1 to 8 bits.
 
     dims: the axes over which one (scale, zero) is shared. group: split the one axis in `dims` into runs of this many entries, each
     with parameters of its own. clip: factor on min and max; values beyond are clamped.
     Raises ValueError for values that are not finite and for a group that does not divide its axis.
     """
-    scale, zero = affine_parameters(x, bits, dims, group=group, clip=clip)
+    scale, zero = affine_parameters(x, bits, dims, group=group, clip=clip, check=check)
     return Affine(encode(x, scale, zero, bits), scale, zero)
 
 
 def symmetric_quantise(
-    x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0
-) -> Symmetric:
+    x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0,
+    check: bool | None = None,
+) -> Symmetric:  # fmt: skip
     """Symmetric quantisation of x, 2 to 8 bits: 0 stays 0. Arguments as in `affine_quantise`."""
     _check_bits(bits, range(2, 9))
     split, axes, dim = _split(x, dims, group, clip)
     scale = reference.symmetric_scale(split, bits, axes, clip)
-    _check_finite(scale)
+    _check_finite(check, scale)
     middle, most = 1 << (bits - 1), (1 << (bits - 1)) - 1
     step = scale.to(reference.exact(x))
     steps = (split.to(step.dtype) / torch.where(step > 0, step, 1.0)).round_().clamp_(-most, most)
@@ -173,6 +202,17 @@ def _check_bytes(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a uint8 tensor with at least one axis, not {getattr(x, 'dtype', type(x).__name__)}")
 
 
-def _check_finite(*parameters: Tensor) -> None:
-    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+def _check_codes(codes: Tensor, bits: int, check: bool | None) -> None:
+    _check_bits(bits, range(1, 9))
+    _check_bytes(codes, "codes")
+    if _wanted(check, codes) and bits < 8 and codes.numel() and int(codes.max()) >> bits:
+        raise ValueError(f"code {int(codes.max())} does not fit {bits} bits: codes go up to {(1 << bits) - 1}")
+
+
+def _wanted(check: bool | None, x: Tensor) -> bool:
+    return x.device.type == "cpu" if check is None else check
+
+
+def _check_finite(check: bool | None, *parameters: Tensor) -> None:
+    if _wanted(check, parameters[0]) and not all(bool(torch.isfinite(p).all()) for p in parameters):
         raise ValueError("the values to quantise are not all finite, or span more than their dtype holds: look for inf and nan")

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 # bits: (codes per group, dtype with one byte for each of them); a group of codes fills whole bytes
-_GROUPS = {1: (8, torch.int64), 2: (4, torch.int32), 3: (8, torch.int64), 4: (2, torch.int16)}
+_GROUPS = {
+    1: (8, torch.int64), 2: (4, torch.int32), 3: (8, torch.int64), 4: (2, torch.int16), 5: (8, torch.int64), 6: (4, torch.int32),
+    7: (8, torch.int64),
+}  # fmt: skip
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -22,7 +25,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     # a word holds one code a byte, lowest first: neighbours are moved together, then pairs, then fours
     word = padded.view(word_type)
     for half in _halves(lanes):
-        word = (word | (word >> (half * (8 - bits)))) & _lanes_mask(bits, lanes, 2 * half)
+        word = _moved(word, half, bits, lanes, -half * (8 - bits))
     parts = [(word >> (8 * i)) & 0xFF for i in range(lanes * bits // 8)]
     return torch.stack(parts, -1).to(torch.uint8).flatten(-2)[..., : packed_bytes(n, bits)].clone()
 
@@ -40,8 +43,18 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         word |= groups[..., i].to(word_type) << (8 * i)
     # the same steps backwards: halves are moved apart, then quarters, until each code has a byte
     for half in reversed(_halves(lanes)):
-        word = (word | (word << (half * (8 - bits)))) & _lanes_mask(bits, lanes, half)
+        word = _moved(word, half, bits, lanes, half * (8 - bits))
     return word.view(torch.uint8)[..., :n]
+
+
+def _moved(word: Tensor, half: int, bits: int, lanes: int, shift: int) -> Tensor:
+    """Each upper run of `half` codes moved towards (shift < 0) or away from the lower one."""
+    moved, kept = (word >> -shift, 2 * half) if shift < 0 else (word << shift, half)
+    if bits > 4:  # what is moved along of the lower run would come to lie on codes
+        low = sum(((1 << (half * bits)) - 1) << (16 * half * i) for i in range(lanes // (2 * half)))
+        high = low << (half * bits if shift < 0 else 8 * half)
+        return (word & low) | (moved & high)
+    return (word | moved) & _lanes_mask(bits, lanes, kept)
 
 
 def _halves(lanes: int) -> list[int]:
@@ -55,6 +68,25 @@ def _lanes_mask(bits: int, lanes: int, run: int) -> int:
 
 def packed_bytes(n: int, bits: int) -> int:
     return -(-n * bits // 8)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    n, per = codes.shape[-1], 16 // bits
+    if codes.numel() == 0:
+        return codes.new_empty(*codes.shape[:-1], 2 * -(-n // per))
+    lanes = pad(codes, (0, -n % per)).unflatten(-1, (-1, per))
+    word = torch.zeros(lanes.shape[:-1], dtype=torch.int32, device=codes.device)
+    for i in range(per):
+        word |= lanes[..., i].to(torch.int32) << (i * bits)
+    return word.to(torch.int16).view(torch.uint8)
+
+
+def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
+    if packed.numel() == 0:
+        return packed.new_empty(*packed.shape[:-1], n)
+    word = packed.contiguous().view(torch.int16).to(torch.int32)
+    lanes = [((word >> (i * bits)) & ((1 << bits) - 1)).to(torch.uint8) for i in range(16 // bits)]
+    return torch.stack(lanes, -1).flatten(-2)[..., :n]
 
 
 def exact(x: Tensor) -> torch.dtype:

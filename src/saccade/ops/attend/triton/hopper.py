@@ -1,7 +1,8 @@
 """Forward kernel for Hopper GPUs, in Gluon: dense attention, and tiles of 64 keys or multiples read by tiles of 128 queries.
 
 Four warps hold 128 queries, so that two programs share a multiprocessor. Keys and values come by tensor memory access into rings of
-shared memory, last tile first. The matrix units work on the values of one tile while the exponentials of the next are computed:
+shared memory, last tile first: tiles cut by the diagonal or by the end of the keys come first, one at a time. Of the others, the matrix
+units work on the values of one while the exponentials of the next are computed:
 
     start  S_j = Q K_j^T         start  O += P_(j-1) V_(j-1)         wait S_j, softmax -> P_j         wait O, rescale
 
@@ -130,12 +131,10 @@ def hopper_kernel(
         begin = tile_begin(starts, i, count, BN, INNER, LISTED)
         fetch(desc_k, k_row + begin, k_col, k_bars, k_smem, i, i < count, STAGES)
         fetch(desc_v, v_row + begin, v_col, v_bars, v_smem, i, i < count, STAGES)
-    ahead = tile_begin(starts, STAGES, count, BN, INNER, LISTED)
     # the steps at the end of the list that some row doesn't see whole
     whole_until = (gl.minimum(first, n_k - 1) if CAUSAL else n_k - 1) - (BN - 1)
     cut = 0
     at = tile_begin(starts, 0, count, BN, INNER, LISTED)
-    begin = at
     while (cut < count) & (at > whole_until):
         cut += 1
         at = tile_begin(starts, cut, count, BN, INNER, LISTED)
@@ -147,60 +146,55 @@ def hopper_kernel(
     o = gl.zeros([BM, D], gl.float32, o_layout)
     zero = gl.zeros([BM, BN], gl.float32, s_layout)
     mbarrier.wait(q_bar, 0)
-    mbarrier.wait(k_bars.index(0), 0, pred=count > 0)
-    s = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    p, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
-    gl.thread_barrier()
-    fetch(desc_k, k_row + ahead, k_col, k_bars, k_smem, STAGES, count > STAGES, STAGES)
-    p = gl.convert_layout(p.to(dtype), p_layout)
-
-    for j in range(1, cut):
-        slot = (j - 1) % STAGES
-        mbarrier.wait(k_bars.index(j % STAGES), (j // STAGES) & 1)
-        s_next = warpgroup_mma(q_smem, k_smem.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s_next])
-        mbarrier.wait(v_bars.index(slot), ((j - 1) // STAGES) & 1)
+    for j in range(0, cut):
+        slot = j % STAGES
+        phase = (j // STAGES) & 1
+        begin = tile_begin(starts, j, count, BN, INNER, LISTED)
+        mbarrier.wait(k_bars.index(slot), phase)
+        s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        p, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
+        o = o * gl.convert_layout(forget, rows_o)[:, None]
+        mbarrier.wait(v_bars.index(slot), phase)
         if TAIL:
             blank_tail(v_smem.index(slot), begin, n_k, BN, D, num_warps)
-        o = warpgroup_mma(p, v_smem.index(slot), o, is_async=True)
+        o = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_smem.index(slot), o, is_async=True)
         o = warpgroup_mma_wait(0, deps=[o])
-        begin = tile_begin(starts, j, count, BN, INNER, LISTED)
-        weights, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
         gl.thread_barrier()
-        fetch(desc_v, v_row + ahead, v_col, v_bars, v_smem, j - 1 + STAGES, j - 1 + STAGES < count, STAGES)
-        ahead = tile_begin(starts, j + STAGES, count, BN, INNER, LISTED)
-        fetch(desc_k, k_row + ahead, k_col, k_bars, k_smem, j + STAGES, j + STAGES < count, STAGES)
-        o = o * gl.convert_layout(forget, rows_o)[:, None]
-        p = gl.convert_layout(weights.to(dtype), p_layout)
-
-    if TAIL:
-        last_cut = gl.maximum(cut, 1) - 1
-        mbarrier.wait(v_bars.index(last_cut % STAGES), (last_cut // STAGES) & 1, pred=count > 0)
-        blank_tail(v_smem.index(last_cut % STAGES), begin, n_k, BN, D, num_warps)
-
-    for j in range(gl.maximum(cut, 1), count):
-        mbarrier.wait(k_bars.index(j % STAGES), (j // STAGES) & 1)
-        s_next = warpgroup_mma(q_smem, k_smem.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_bars.index((j - 1) % STAGES), ((j - 1) // STAGES) & 1)
-        o_next = warpgroup_mma(p, v_smem.index((j - 1) % STAGES), o, is_async=True)
         following = tile_begin(starts, j + STAGES, count, BN, INNER, LISTED)
-        s = warpgroup_mma_wait(1, deps=[s_next])
-        weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
-        o = warpgroup_mma_wait(0, deps=[o_next])
-        gl.thread_barrier()
-        fetch(desc_v, v_row + ahead, v_col, v_bars, v_smem, j - 1 + STAGES, j - 1 + STAGES < count, STAGES)
         fetch(desc_k, k_row + following, k_col, k_bars, k_smem, j + STAGES, j + STAGES < count, STAGES)
-        ahead = following
+        fetch(desc_v, v_row + following, v_col, v_bars, v_smem, j + STAGES, j + STAGES < count, STAGES)
+
+    if cut < count:
+        ahead = tile_begin(starts, cut + STAGES, count, BN, INNER, LISTED)
+        mbarrier.wait(k_bars.index(cut % STAGES), (cut // STAGES) & 1)
+        s = warpgroup_mma(q_smem, k_smem.index(cut % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        gl.thread_barrier()
+        fetch(desc_k, k_row + ahead, k_col, k_bars, k_smem, cut + STAGES, cut + STAGES < count, STAGES)
+        weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
         o = o * gl.convert_layout(forget, rows_o)[:, None]
         p = gl.convert_layout(weights.to(dtype), p_layout)
-
-    last = gl.maximum(count - 1, 0)
-    mbarrier.wait(v_bars.index(last % STAGES), (last // STAGES) & 1, pred=count > 0)
-    o = warpgroup_mma(p, v_smem.index(last % STAGES), o, is_async=True)
-    o = warpgroup_mma_wait(0, deps=[o])
-    # with nothing listed the products above are of whatever lay in shared memory
-    read = (total > 0.0) & (count > 0)
+        for j in range(cut + 1, count):
+            mbarrier.wait(k_bars.index(j % STAGES), (j // STAGES) & 1)
+            s_next = warpgroup_mma(q_smem, k_smem.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_bars.index((j - 1) % STAGES), ((j - 1) // STAGES) & 1)
+            o_next = warpgroup_mma(p, v_smem.index((j - 1) % STAGES), o, is_async=True)
+            following = tile_begin(starts, j + STAGES, count, BN, INNER, LISTED)
+            s = warpgroup_mma_wait(1, deps=[s_next])
+            weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
+            o = warpgroup_mma_wait(0, deps=[o_next])
+            gl.thread_barrier()
+            fetch(desc_v, v_row + ahead, v_col, v_bars, v_smem, j - 1 + STAGES, j - 1 + STAGES < count, STAGES)
+            fetch(desc_k, k_row + following, k_col, k_bars, k_smem, j + STAGES, j + STAGES < count, STAGES)
+            ahead = following
+            o = o * gl.convert_layout(forget, rows_o)[:, None]
+            p = gl.convert_layout(weights.to(dtype), p_layout)
+        last = count - 1
+        mbarrier.wait(v_bars.index(last % STAGES), (last // STAGES) & 1)
+        o = warpgroup_mma(p, v_smem.index(last % STAGES), o, is_async=True)
+        o = warpgroup_mma_wait(0, deps=[o])
+    read = total > 0.0
     scale_back = gl.convert_layout(gl.where(read, 1.0 / gl.where(read, total, 1.0), 0.0), rows_o)
     o = gl.where((scale_back > 0.0)[:, None], o * scale_back[:, None], 0.0)
     query = tile * BM + gl.arange(0, BM, layout=rows_o)

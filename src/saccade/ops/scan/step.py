@@ -1,0 +1,31 @@
+"""One token of the recurrence: what a decoder runs for every token it adds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from saccade.ops.scan.problem import Problem, wide
+
+
+def advance(q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(S_t^T q_t, S_t) from S_{t-1}: q, k `(B, H, D)`, v `(B, H, Dv)`, state `(B, H, D, Dv)`, g `(B, H)` or `(B, H, D)`, beta `(B, H)`.
+
+    The gate acts first, then the delta rule's error is taken against what is left.
+    """
+    if g is not None:
+        state = state * (g[..., None, None] if g.ndim == 2 else g[..., None]).exp()
+    if beta is not None:
+        v = beta[..., None] * (v - (k[..., None, :] @ state).squeeze(-2))
+    state = state + k[..., :, None] * v[..., None, :]
+    return (q[..., None, :] @ state).squeeze(-2), state
+
+
+def scan(problem: Problem) -> tuple[Tensor, Tensor]:
+    """A problem of one token, as `reference.scan`: (out `(B, H, 1, Dv)`, state)."""
+    p = problem.widened()
+    assert p.state is not None and p.q.shape[2] == 1 and p.cu_seqlens is None
+    g = None if p.log_decay is None else p.log_decay[:, :, 0]
+    beta = None if p.beta is None else p.beta[:, :, 0]
+    out, state = advance(p.q[:, :, 0], p.k[:, :, 0], p.v[:, :, 0], p.state, g, beta)
+    assert state.dtype == wide(problem.q.dtype)
+    return p.scale * out[:, :, None], state

@@ -1,0 +1,130 @@
+"""scan in Triton: the custom ops, what they refuse, and their gradients.
+
+Forms without delta rule and without gates per channel have a backward pass in Triton. The others run forward in Triton and take their
+gradients from the chunked form in plain torch, on the same device, computed anew: they are called "triton+chunked" where a gradient
+is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.ops.scan import chunked
+from saccade.ops.scan.problem import Problem
+from saccade.ops.scan.triton.backward import backward as _backward
+from saccade.ops.scan.triton.launch import forward as _forward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 256
+
+__all__ = ["refusal", "scan"]
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why the kernels can't run this problem, in a sentence; None if they can."""
+    if problem.q.dtype not in DTYPES:
+        return f"scan: Triton kernels take float32, bfloat16 and float16, not {problem.q.dtype}: convert, or use impl \"chunked\""
+    d, dv = problem.q.shape[-1], problem.v.shape[-1]
+    if max(d, dv - problem.wide_out) > LARGEST:
+        return f"scan: Triton kernels take head dims up to {LARGEST}, not {d} and {dv}: use impl \"chunked\""
+    return None
+
+
+def scan(problem: Problem) -> tuple[str, tuple[Tensor, Tensor]]:
+    """(what runs, (out, state))."""
+    p = problem
+    tensors = (p.q, p.k, p.v, p.log_decay, p.beta, p.state)
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    result = scan_triton(*tensors, p.cu_seqlens, p.scale, p.wide_out)
+    return ("triton" if not trains or _has_backward(p.log_decay, p.beta) else "triton+chunked"), result
+
+
+def _has_backward(log_decay: Tensor | None, beta: Tensor | None) -> bool:
+    return beta is None and (log_decay is None or log_decay.ndim != 4)
+
+
+@torch.library.custom_op("saccade::scan_triton", mutates_args=())
+def scan_triton(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, wide_out: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, state) of `scan`; out is float32 with wide_out, else in the dtype of q."""
+    state = None if state is None else state.float().contiguous()
+    return _forward(q, k, v, log_decay, beta, state, cu_seqlens, scale, torch.float32 if wide_out else q.dtype)
+
+
+@scan_triton.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, wide_out: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    heads = max(q.shape[1], k.shape[1], v.shape[1])
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = q.new_empty((q.shape[0], heads, q.shape[2], v.shape[3]), dtype=torch.float32 if wide_out else q.dtype)
+    return out, q.new_empty((sequences, heads, q.shape[3], v.shape[3]), dtype=torch.float32)
+
+
+@torch.library.custom_op("saccade::scan_triton_backward", mutates_args=())
+def scan_triton_backward(
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dlog_decay, dstate at the start); dlog_decay is empty unless gate_grad."""
+    state = None if state is None else state.float()
+    dq, dk, dv, dg, first = _backward(dout, dstate, q, k, v, log_decay, state, cu_seqlens, scale, gate_grad)
+    return dq, dk, dv, q.new_empty(0) if dg is None else dg, first
+
+
+@scan_triton_backward.register_fake
+def _(
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dg = torch.empty_like(log_decay) if gate_grad and log_decay is not None else q.new_empty(0)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    first = q.new_empty((sequences, dout.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, first
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, scale, wide_out = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.scale, ctx.wide_out = scale, wide_out
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, log_decay, beta, state, cu_seqlens = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if _has_backward(log_decay, beta):
+        heads = max(q.shape[1], k.shape[1], v.shape[1])
+        if dout is None:
+            dout = q.new_zeros((q.shape[0], heads, q.shape[2], v.shape[3]))
+        dq, dk, dv, dg, first = scan_triton_backward(dout, dstate, q, k, v, log_decay, state, cu_seqlens, ctx.scale, needs[3])
+        grads = (dq, dk, dv, dg, None, first if state is None else first.to(state.dtype))
+        grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))
+    else:
+        grads = _chunked_gradients(ctx, dout, dstate)
+    return (*grads, None, None, None)
+
+
+def _chunked_gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors, cu_seqlens = ctx.saved_tensors[:6], ctx.saved_tensors[6]
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, ctx.needs_input_grad, strict=False)]
+        q, k, v, log_decay, beta, state = leaves
+        assert q is not None and k is not None and v is not None
+        heads = max(q.shape[1], k.shape[1], v.shape[1])
+        problem = Problem(
+            q=q, k=k, v=v, heads=heads, scale=ctx.scale, log_decay=log_decay, beta=beta, state=state, cu_seqlens=cu_seqlens
+        )
+        ends = zip(chunked.scan(problem), (dout, dstate), strict=True)
+        pairs = [(x, dx.to(x.dtype)) for x, dx in ends if dx is not None and x.requires_grad]
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [dx for _, dx in pairs], allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in leaves)
+
+
+scan_triton.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,93 @@
+"""Tile sizes and launch shapes, chosen from head dims, dtype and form; and how a sequence is cut into segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saccade.ops.gpu import multiprocessors, next_power_of_two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """chunk: tokens a step, 32 or 64. columns: width of a block of values per program. programs: how many programs per multiprocessor a
+    walk over segments should have; shortest: the fewest chunks of a segment. precision: of matmuls of inputs, solve: of the triangular
+    inverse, carry: of the maps of segments. The rest are warps and pipeline stages of the kernels. Chunks of 64 rows want 4 warps: with 8,
+    both halves would compute the same rows."""
+
+    chunk: int = 64
+    columns: int = 64
+    programs: float = 2.0
+    shortest: int = 4
+    precision: str = "tf32"
+    solve: str = "tf32"
+    walk_warps: int = 4
+    walk_stages: int = 2
+    maps_columns: int = 128
+    maps_warps: int = 8
+    maps_stages: int = 2
+    carry_columns: int = 64
+    carry_warps: int = 8
+    carry: str = "tf32"
+    transform_warps: int = 4
+    channel_warps: int = 8
+
+
+def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -> Config:
+    """The table: made for sm_90; float32 takes narrow tiles, as its products run on the plain units, exactly."""
+    wide = max(next_power_of_two(d), 16)
+    if dtype == torch.float32:
+        return Config(
+            chunk=32, columns=16, maps_columns=16, carry_columns=16, precision="ieee", solve="ieee", carry="ieee", walk_stages=1,
+            maps_warps=4, maps_stages=1,
+        )  # fmt: skip
+    chosen = Config()
+    if wide > 128:
+        chosen = replace(chosen, columns=32, maps_columns=64, walk_stages=1, maps_stages=1)
+    if delta:
+        chosen = replace(chosen, maps_columns=64, maps_warps=4)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Cut:
+    """slots: segments in all. per_sequence: of one sequence, where none are packed. length: tokens of a segment, a multiple of the
+    chunk. table: `(slots, 5)` int32 for packed sequences: sequence, start, end, start and end of the sequence."""
+
+    slots: int
+    per_sequence: int
+    length: int
+    table: Tensor | None
+
+    @property
+    def split(self) -> bool:
+        return self.per_sequence > 1
+
+
+def cut(n: int, batch: int, length: int, cu_seqlens: Tensor | None) -> Cut:
+    """Segments of `length` tokens. Without waiting for the device: packed sequences get as many slots as any lengths could need."""
+    each = -(-n // length)
+    if cu_seqlens is None:
+        return Cut(batch * each, each, length, None)
+    ends = cu_seqlens.long()
+    sequences = ends.shape[0] - 1
+    slots = n // length + sequences
+    first = ends[:-1] // length + torch.arange(sequences, device=ends.device)
+    slot = torch.arange(slots, device=ends.device)
+    owner = torch.searchsorted(first, slot, right=True) - 1
+    stop = ends[owner + 1]
+    start = ends[owner] + (slot - first[owner]) * length
+    end = torch.minimum(start + length, stop)
+    table = torch.stack([owner, torch.minimum(start, end), end, ends[owner], stop], dim=1)
+    return Cut(slots, each, length, table.to(torch.int32))
+
+
+def segment_length(c: Config, x: Tensor, n: int, sequences: int, heads: int, blocks: int, splits: bool) -> int:
+    """Tokens of a segment: enough programs to fill the device, few enough to keep the walk across segments short."""
+    whole = -(-n // c.chunk)
+    wanted = c.programs * multiprocessors(x) / (sequences * heads * blocks)
+    if not splits or wanted < 1.5:
+        return whole * c.chunk
+    return max(c.shortest, int(-(-whole // wanted))) * c.chunk
