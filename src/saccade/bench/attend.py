@@ -8,26 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.bench.patterns import random_tiles
 from saccade.bench.timing import environment, paired_ms, summary
 from saccade.core import Selection
 from saccade.ops import attend, last_run
-
-
-def random_tiles(n: int, heads: int, tile: int, density: float, device: str, seed: int = 0) -> Selection:
-    """Causal tiles drawn at random per head, the diagonal always among them, so that `density` of the visible pairs is read."""
-    generator = torch.Generator().manual_seed(seed)
-    tiles = -(-n // tile)
-    rank = torch.rand(1, heads, tiles, tiles, generator=generator)
-    visible = torch.ones(tiles, tiles, dtype=torch.bool).tril()
-    rank = rank.masked_fill(~visible, 2.0).masked_fill(torch.eye(tiles, dtype=torch.bool), -1.0)
-    order = rank.argsort(-1).argsort(-1)
-    # a diagonal tile holds half its pairs: tiles of a row, in pairs, are what the row sees less half a tile
-    pairs = torch.arange(tiles) + 0.5
-    wanted = (density * pairs).cumsum(0)
-    # the diagonal counts for half a tile of its row
-    counts = ((wanted + 0.5 * torch.arange(1, tiles + 1)).round().diff(prepend=torch.zeros(1))).clamp(min=1)
-    mask = (order < counts[:, None]) & visible
-    return Selection.from_block_mask(mask.to(device), block_q=tile, block_k=tile, n_q=n, n_k=n)
 
 
 def bench_attend(

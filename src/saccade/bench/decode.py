@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,15 +31,15 @@ def bench_decode(
     layout = HeadLayout.of(q, k, v)
     rows = layout.to_groups(q.squeeze(2))
 
-    def dense() -> None:
+    def whole() -> object:
         for keys, values in caches:
             F.scaled_dot_product_attention(rows, keys, values)
 
-    def sparse() -> None:
+    def sparse() -> object:
         for (keys, values), chosen in zip(caches, selections, strict=True):
             decode(q, keys, values, chosen, impl=impl)  # pyright: ignore[reportArgumentType]
 
-    contestants = {"dense": dense, "sparse": sparse}
+    contestants: dict[str, Callable[[], object]] = {"dense": whole, "sparse": sparse}
     times = summary(paired_ms(contestants, repeats=repeats, device=device), "dense")
     ours = decode(q, k, v, selection, impl=impl).out.float()  # pyright: ignore[reportArgumentType]
     size = dtype.itemsize

@@ -1,12 +1,93 @@
-"""Paired timing: the contestants take turns, so that a machine whose speed drifts does not favour one."""
+"""Timing in turns: the contestants run one after the other, round by round, so that a machine whose speed drifts favours none."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+
+# bytes written before each run on a GPU: more than its L2 cache holds, and enough that the host is ready when the GPU is
+FLUSH = 1 << 29
+LEAST, MOST = 3, 100  # repeats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Milliseconds: the median, and the 20th and 80th percentile, of `repeats` runs."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Times:
+        ordered = sorted(values)
+        return cls(
+            median=statistics.median(ordered), low=percentile(ordered, 0.2), high=percentile(ordered, 0.8), repeats=len(ordered)
+        )
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """Linear between the two nearest of the sorted values."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def take_turns(
+    runs: dict[str, Callable[[], object]], *, device: str, budget_ms: float, once_ms: dict[str, float]
+) -> tuple[dict[str, Times], dict[str, Exception]]:
+    """Times of each contestant in rounds, and what those that raised said.
+
+    Every one has run before, taking about `once_ms`; each gets so many repeats, LEAST to MOST, as fit `budget_ms`. A GPU is timed
+    with events, and its L2 cache is overwritten before each run; a CPU with perf_counter.
+    """
+    counts = {name: min(MOST, max(LEAST, int(budget_ms / max(once_ms[name], 1e-6)))) for name in runs}
+    cuda = device.startswith("cuda")
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device) if cuda else None
+    taken: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
+    failed: dict[str, Exception] = {}
+    for turn in range(max(counts.values(), default=0)):
+        for name, run in runs.items():
+            if turn >= counts[name] or name in failed:
+                continue
+            try:
+                taken[name].append(_on_gpu(run, flush) if flush is not None else _on_cpu(run))
+            except Exception as error:  # the others go on
+                failed[name] = error
+    if cuda:
+        torch.cuda.synchronize()
+    return {name: Times.of([read() for read in reads]) for name, reads in taken.items() if name not in failed}, failed
+
+
+def _on_gpu(run: Callable[[], object], flush: torch.Tensor) -> Callable[[], float]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin.record()
+    run()
+    end.record()
+    return lambda: begin.elapsed_time(end)
+
+
+def _on_cpu(run: Callable[[], object]) -> Callable[[], float]:
+    begin = time.perf_counter()
+    run()
+    passed = (time.perf_counter() - begin) * 1000
+    return lambda: passed
+
+
+def once(run: Callable[[], object], device: str) -> tuple[float, object]:
+    """Milliseconds of one run by the wall clock, the device waited for, and what it returned."""
+    wait(device)
+    begin = time.perf_counter()
+    out = run()
+    wait(device)
+    return (time.perf_counter() - begin) * 1000, out
 
 
 def paired_ms(contestants: dict[str, Callable[[], object]], *, repeats: int, device: str) -> dict[str, list[float]]:
@@ -16,11 +97,7 @@ def paired_ms(contestants: dict[str, Callable[[], object]], *, repeats: int, dev
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
-            _wait(device)
-            begin = time.perf_counter()
-            run()
-            _wait(device)
-            times[name].append((time.perf_counter() - begin) * 1000)
+            times[name].append(once(run, device)[0])
     return times
 
 
@@ -37,7 +114,8 @@ def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str,
     }
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has nothing left to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

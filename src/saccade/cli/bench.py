@@ -1,17 +1,29 @@
-"""`saccade bench`: kernels against dense attention in the same run."""
+"""`saccade bench`: kernels against dense attention and other libraries, in the same run."""
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from saccade.bench.case import Case, Settings
 
 
 class Kind(StrEnum):
     attend = "attend"
     decode = "decode"
+    estimate = "estimate"
+    scan = "scan"
+    quant = "quant"
+
+
+class Grid(StrEnum):
+    quick = "quick"
+    full = "full"
 
 
 class DType(StrEnum):
@@ -20,53 +32,229 @@ class DType(StrEnum):
     float16 = "float16"
 
 
-def command(
-    kind: Annotated[Kind, typer.Argument(help="attend: block-sparse attention over a prompt; decode: one query over a cache.")],
-    n: Annotated[int | None, typer.Option("--n", help="Keys; default 8192 for attend, 32768 for decode.", min=256)] = None,
-    heads: Annotated[int, typer.Option("--heads", help="Query heads.", min=1)] = 8,
-    kv_heads: Annotated[int, typer.Option("--kv-heads", help="Key/value heads.", min=1)] = 8,
-    dim: Annotated[int, typer.Option("--dim", help="Channels per head.", min=8)] = 64,
-    density: Annotated[float, typer.Option("--density", help="attend: share of the visible pairs that is read.", min=1e-4, max=1.0)] = 0.10,
-    tile: Annotated[int, typer.Option("--tile", help="attend: tile size on both sides.", min=1)] = 128,
-    selected: Annotated[int, typer.Option("--selected", help="decode: tokens read per head.", min=1)] = 1024,
-    page: Annotated[int, typer.Option("--page", help="decode: tokens are read in whole pages of this many.", min=1)] = 1,
-    dtype: Annotated[DType, typer.Option("--dtype", help="Number format.")] = DType.float32,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    impl: Annotated[str, typer.Option("--impl", help="Implementation: auto, reference, cpu, triton, flex.")] = "auto",
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; the contestants take turns.", min=1)] = 7,
-    check: Annotated[bool, typer.Option("--check", help="Compare with the reference; exit code 1 if it differs.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the result to this file as well.")] = None,
-) -> None:
-    """Time sparse attention against dense attention and print the result as JSON.
+_ABOUT = {
+    Kind.attend: {"n": 8192, "heads": 8, "kv_heads": 8, "dim": 64, "density": 0.10, "tile": 128, "repeats": 7},
+    Kind.decode: {"n": 32768, "heads": 8, "kv_heads": 8, "dim": 64, "selected": 1024, "page": 1, "repeats": 7},
+}
 
-    Median, minimum and maximum in ms; the speed-up is the median over rounds of dense time / sparse time.
+
+def command(
+    kind: Annotated[Kind, typer.Argument(help="attend: a prompt; decode: one query over a cache; estimate, scan, quant.")],
+    grid: Annotated[Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, full in a few.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Only this family of the grid (repeatable); alone: the function or form to time.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="One case: tokens; attend 8192, decode 32768, else 2048.", min=1)] = None,
+    heads: Annotated[int | None, typer.Option("--heads", help="One case: query heads; default 8.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="One case: key/value heads; default 8.", min=1)] = None,
+    dim: Annotated[int | None, typer.Option("--dim", help="One case: channels per head; default 64.", min=8)] = None,
+    density: Annotated[float | None, typer.Option("--density", help="attend: share of pairs read; default 0.1.", min=1e-4, max=1.0)] = None,
+    tile: Annotated[int | None, typer.Option("--tile", help="attend: tile size on both sides; default 128.", min=1)] = None,
+    selected: Annotated[int | None, typer.Option("--selected", help="decode: tokens read per head; default 1024.", min=1)] = None,
+    page: Annotated[int | None, typer.Option("--page", help="decode: tokens are read in pages of this many; default 1.", min=1)] = None,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="float32; bfloat16 for a grid on a GPU.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; a grid takes the GPU if there is one.")] = None,
+    impl: Annotated[str, typer.Option("--impl", help="What saccade's own calls ask for: auto, reference, cpu, triton.")] = "auto",
+    repeats: Annotated[int | None, typer.Option("--repeats", help="attend, decode: rounds of the contestants; default 7.", min=1)] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 where a result of saccade is further off than allowed.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the result there; of a grid, after each case.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the charts of a grid there.")] = None,
+    compare: Annotated[Path | None, typer.Option("--compare", help="An older result of the grid: say what got slower or faster.")] = None,
+    fail_slower: Annotated[
+        float | None, typer.Option("--fail-slower", help="With --compare: exit code 1 where saccade got slower by more per cent.", min=0)
+    ] = None,
+    limit: Annotated[float | None, typer.Option("--limit", help="Of a grid: begin nothing after so many seconds.", min=1)] = None,
+) -> None:  # fmt: skip
+    """Time saccade's kernels against dense attention and other libraries in the same run.
+
+    Without --grid one case is timed and printed as JSON. With it, a table: medians, rates, the time of the best dense kernel and of
+    the best peer over saccade's, the error on a slice, and how times grow with the length.
     """
     import torch
 
-    from saccade.bench.attend import bench_attend
-    from saccade.bench.decode import bench_decode
-    from saccade.cli.console import write_json
-    from saccade.core.files import atomic_write, check_writable
+    from saccade.core.files import check_writable
 
-    if json is not None:
-        check_writable(json)
-    if heads % kv_heads:
-        raise ValueError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no CUDA GPU that torch can use")
-    number = getattr(torch, dtype.value)
-    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": number, "device": device, "impl": impl, "repeats": repeats}
-    if kind is Kind.attend:
-        result = bench_attend(n=n or 8192, tile=tile, density=density, check=check, **shape)
+    given = {
+        "n": n, "heads": heads, "kv_heads": kv_heads, "dim": dim, "density": density, "tile": tile, "selected": selected, "page": page,
+        "repeats": repeats,
+    }  # fmt: skip
+    shape = {name: value for name, value in given.items() if value is not None}
+    for path in filter(None, (json, html)):
+        check_writable(path)
+    if json is not None and html is not None and json.absolute() == html.absolute():
+        raise ValueError(f"--json and --html both name {json}: give two files")
+    device = device or ("cuda" if grid is not None and torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    number = dtype or (DType.bfloat16 if grid is not None and device.startswith("cuda") else DType.float32)
+    if grid is None:
+        for option, value in (("--html", html), ("--compare", compare), ("--limit", limit)):
+            if value is not None:
+                raise ValueError(f"{option} goes with a grid: add --grid quick")
+        _one(kind, shape, case, getattr(torch, number.value), device, impl, check, json)
+        return
+    if shape:
+        raise ValueError(f"--{next(iter(shape)).replace('_', '-')} is for one case: leave it out, or leave --grid out")
+    if fail_slower is not None and compare is None:
+        raise ValueError("--fail-slower needs the result to compare with: give it as --compare FILE")
+    if html is not None:
+        _check_report()
+    _grid(
+        kind, grid, case or [], getattr(torch, number.value), device, impl, check=check, json=json, html=html, compare=compare,
+        fail_slower=fail_slower, limit=limit,
+    )  # fmt: skip
+
+
+def _one(
+    kind: Kind, shape: dict[str, Any], case: list[str] | None, dtype: Any, device: str, impl: str, check: bool, json: Path | None
+) -> None:
+    """One case, printed as JSON."""
+    from saccade.cli.console import write_json
+
+    if kind in _ABOUT:
+        result = _plain(kind, shape, case, dtype, device, impl, check)
+        bad = check and not result["check"]["ok"]
     else:
-        if selected > (n or 32768):
-            raise ValueError(f"--selected {selected} is more than the {n or 32768} keys there are")
-        result = bench_decode(n=n or 32768, selected=selected, page=page, check=check, **shape)
+        from saccade.bench.case import Settings
+        from saccade.bench.grids import single
+        from saccade.bench.runner import bad_rows, run_cases
+
+        if case and len(case) > 1:
+            raise ValueError(f"--case is given {len(case)} times: without --grid one case is timed")
+        settings = Settings(device=device, dtype=dtype, impl=impl, budget_ms=500, limit_s=600)
+        chosen = single(kind.value, case[0] if case else None, {"n": 2048, **shape})
+        words = _command(kind, case=case or [], **shape, dtype=str(dtype).removeprefix("torch."), device=device, impl=impl)
+        result = run_cases(kind.value, "one case", [chosen], settings, command=words)
+        if result["rows"][0]["status"] != "ok":
+            raise ValueError(f"the case did not run: {result['rows'][0]['note']}")
+        bad = check and bool(bad_rows(result))
     write_json(result)
     if json is not None:
-        import json as text
+        from saccade.bench.result import save
 
-        with atomic_write(json) as temporary:
-            temporary.write_text(text.dumps(result, indent=2) + "\n")
-    if check and not result["check"]["ok"]:
+        save(result, json)
+    if bad:
         raise typer.Exit(1)
+
+
+def _plain(kind: Kind, given: dict[str, Any], case: list[str] | None, dtype: Any, device: str, impl: str, check: bool) -> dict[str, Any]:
+    """The case of attend or decode: sparse against dense."""
+    from saccade.bench.attend import bench_attend
+    from saccade.bench.decode import bench_decode
+
+    if case:
+        raise ValueError(f"--case picks from a grid here: add --grid quick, or shape the one case of {kind} with --n, --heads and so on")
+    shape = {**_ABOUT[kind], **{name: value for name, value in given.items() if name in _ABOUT[kind]}}
+    if shape["n"] < 256:
+        raise ValueError(f"--n {shape['n']}: attend and decode are timed from 256 tokens on")
+    if shape["heads"] % shape["kv_heads"]:
+        raise ValueError(f"--heads {shape['heads']} is not a multiple of --kv-heads {shape['kv_heads']}")
+    options = {"dtype": dtype, "device": device, "impl": impl, "check": check}
+    if kind is Kind.attend:
+        return bench_attend(**shape, **options)
+    if shape["selected"] > shape["n"]:
+        raise ValueError(f"--selected {shape['selected']} is more than the {shape['n']} keys there are")
+    return bench_decode(**shape, **options)
+
+
+def _grid(
+    kind: Kind, grid: Grid, only: list[str], dtype: Any, device: str, impl: str, *, check: bool, json: Path | None, html: Path | None,
+    compare: Path | None, fail_slower: float | None, limit: float | None,
+) -> None:  # fmt: skip
+    from saccade.bench import grids, result
+    from saccade.bench.case import Settings
+    from saccade.bench.compare import compare as changes_since
+    from saccade.bench.runner import bad_rows
+    from saccade.bench.table import comparison_table, result_table
+    from saccade.cli.console import console, write
+
+    cuda = device.startswith("cuda")
+    old = None if compare is None else result.load(compare)
+    if old is not None and old["op"] != kind.value:
+        raise ValueError(f"{compare} is a result of {old['op']}: compare {kind.value} with one of its own")
+    cases = grids.cases(kind.value, grid.value, cuda=cuda, only=only)
+    budgets = grids.BUDGETS_MS if cuda else grids.CPU_BUDGETS_MS
+    settings = Settings(
+        device=device, dtype=dtype, impl=impl, budget_ms=budgets[grid.value], limit_s=limit or grids.LIMITS_S[grid.value]
+    )
+    number = str(dtype).removeprefix("torch.")
+    words = _command(kind, grid=grid.value, case=only, dtype=number, device=device, impl=impl, limit=limit, json=json, html=html)
+    found = _measure(kind, grid, cases, settings, words, json)
+    write(result_table(found))
+    if html is not None:
+        from saccade.report.bench_page import write_page
+
+        write_page(found, html)
+    for what, path in (("Result", json), ("Page", html)):
+        if path is not None:
+            console().print(f"{what}: {path}", markup=False, soft_wrap=True)
+    wrong = bad_rows(found) if check else []
+    slower = []
+    if old is not None and compare is not None:
+        comparison = changes_since(old, found)
+        write(comparison_table(comparison, str(compare)))
+        slower = [] if fail_slower is None else comparison.slower_than(fail_slower)
+    ours = [row for row in found["rows"] if row["role"] == "ours"]
+    if all(row["status"] != "ok" for row in ours):
+        raise ValueError(f"no case ran, the first one said: {ours[0]['note']}")
+    told = console(stderr=True)
+    if wrong:
+        first = wrong[0]["family"]
+        told.print(f"{len(wrong)} rows of saccade failed or are further off than allowed, first {first}", style="red", markup=False)
+    if slower:
+        told.print(f"{len(slower)} rows of saccade got slower by more than {fail_slower:g} %", style="red", markup=False)
+    if wrong or slower:
+        raise typer.Exit(1)
+
+
+def _measure(kind: Kind, grid: Grid, cases: list[Case], settings: Settings, words: str, json: Path | None) -> dict[str, Any]:
+    """The grid with a progress bar on stderr; the file is written after each case."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from saccade.bench.result import save
+    from saccade.bench.runner import run_cases
+    from saccade.cli.console import console
+
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    try:
+        with Progress(*columns, console=console(stderr=True), transient=True) as bars:
+            task = bars.add_task("", total=len(cases))
+            return run_cases(
+                kind.value, grid.value, cases, settings, command=words,
+                save=None if json is None else lambda document: save(document, json),
+                progress=lambda done, total, doing: bars.update(task, completed=done, total=total, description=doing),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if json is not None and json.exists():
+            console(stderr=True).print(f"Stopped. What had run is in {json}.", markup=False, soft_wrap=True)
+        raise
+
+
+def _command(kind: Kind, *, case: list[str], **options: Any) -> str:
+    words = ["saccade", "bench", kind.value]
+    for name, value in options.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    for name in case:
+        words += ["--case", name]
+    return shlex.join(words)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device {device}: give cpu, cuda or cuda:N") from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: benchmarks run on cpu and cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no CUDA GPU that torch can use")
+
+
+def _check_report() -> None:
+    """Raise ImportError now rather than after the run."""
+    from importlib.util import find_spec
+
+    missing = [library for library in ("jinja2", "plotly") if find_spec(library) is None]
+    if missing:
+        raise ImportError(f"the page needs {' and '.join(missing)}: pip install 'saccade[report]', or leave --html out")
