@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from saccade.ops.attend.triton.launch import LOG2E, Lists, rows_layout
 
-BLOCK_M, BLOCK_N, STAGES, WARPS = 128, 64, 2, 4
+BLOCK_M, BLOCK_N, WARPS = 128, 64, 4
 
 
 @gluon.jit
@@ -39,10 +39,18 @@ def tile_begin(starts, i, count, BN: gl.constexpr, INNER: gl.constexpr, LISTED: 
 
 
 @gluon.jit
-def fetch(desc, row, col, bars, smem, i, wanted, STAGES: gl.constexpr):
-    slot = i % STAGES
-    mbarrier.expect(bars.index(slot), desc.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(desc, [row, col], bars.index(slot), smem.index(slot), pred=wanted)
+def fetch(
+    desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, i, starts, count, BN: gl.constexpr, INNER: gl.constexpr,
+    LISTED: gl.constexpr,
+):  # fmt: skip
+    """Start loading what step i + 1 needs: its keys, and the values of step i. One barrier stands for both."""
+    k_begin = tile_begin(starts, i + 1, count, BN, INNER, LISTED)
+    v_begin = tile_begin(starts, i, count, BN, INNER, LISTED)
+    wanted = i < count
+    bar = bars.index(i % 2)
+    mbarrier.expect(bar, desc_k.block_type.nbytes + desc_v.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(desc_k, [k_row + k_begin, k_col], bar, k_smem.index((i + 1) % 2), pred=wanted)
+    tma.async_copy_global_to_shared(desc_v, [v_row + v_begin, v_col], bar, v_smem.index(i % 2), pred=wanted)
 
 
 @gluon.jit
@@ -77,12 +85,21 @@ def weigh(s, m, total, scale, begin, position, keys, n_k, MASK: gl.constexpr, CA
 
 
 @gluon.jit
+def block_index(AXIS: gl.constexpr):
+    """program_id, read anew: what was worked out from it before the loop need not be kept in registers through it."""
+    if AXIS == 0:
+        return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.y;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def hopper_kernel(
     desc_q, desc_k, desc_v, out_ptr, lse_ptr, starts_ptr, counts_ptr, scale, n_q, n_k,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_sb, stride_sh, stride_st, stride_cb, stride_ch, heads, group, list_group,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
-    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr, num_warps: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
+    LISTED: gl.constexpr, TAIL: gl.constexpr, SAME: gl.constexpr, HAS_LSE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = desc_q.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 16])
@@ -96,26 +113,26 @@ def hopper_kernel(
     kv = head // group
     q_off = batch.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh
     k_off = batch.to(gl.int64) * stride_kb + kv.to(gl.int64) * stride_kh
-    v_off = batch.to(gl.int64) * stride_vb + kv.to(gl.int64) * stride_vh
     k_row = (k_off // stride_kn).to(gl.int32)
-    v_row = (v_off // stride_vn).to(gl.int32)
-    k_col = (k_off % stride_kn).to(gl.int32)
-    v_col = (v_off % stride_vn).to(gl.int32)
+    if SAME:  # keys and values lie alike, heads as whole rows: fewer numbers to keep in registers
+        v_row = k_row
+        k_col = 0
+        v_col = 0
+    else:
+        v_off = batch.to(gl.int64) * stride_vb + kv.to(gl.int64) * stride_vh
+        v_row = (v_off // stride_vn).to(gl.int32)
+        k_col = (k_off % stride_kn).to(gl.int32)
+        v_col = (v_off % stride_vn).to(gl.int32)
 
     q_smem = gl.allocate_shared_memory(dtype, [BM, D], desc_q.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], desc_k.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], desc_v.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [2, BN, D], desc_k.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [2, BN, D], desc_v.layout)
     q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bar, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_bars.index(i), count=1)
-        mbarrier.init(v_bars.index(i), count=1)
+    mbarrier.init(bars.index(0), count=1)
+    mbarrier.init(bars.index(1), count=1)
     fence_async_shared()
-    mbarrier.expect(q_bar, desc_q.block_type.nbytes)
-    q_row = (q_off // stride_qn).to(gl.int32) + tile * BM
-    tma.async_copy_global_to_shared(desc_q, [q_row, (q_off % stride_qn).to(gl.int32)], q_bar, q_smem)
 
     first = tile * BM + n_k - n_q  # position of the first row
     starts = starts_ptr
@@ -127,10 +144,11 @@ def hopper_kernel(
         count = gl.cdiv(gl.maximum(gl.minimum(first + BM, n_k), 0), BN)
     else:
         count = gl.cdiv(n_k, BN)
-    for i in gl.static_range(STAGES):
-        begin = tile_begin(starts, i, count, BN, INNER, LISTED)
-        fetch(desc_k, k_row + begin, k_col, k_bars, k_smem, i, i < count, STAGES)
-        fetch(desc_v, v_row + begin, v_col, v_bars, v_smem, i, i < count, STAGES)
+    q_row = (q_off // stride_qn).to(gl.int32) + tile * BM
+    mbarrier.expect(q_bar, desc_q.block_type.nbytes + desc_k.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc_q, [q_row, (q_off % stride_qn).to(gl.int32)], q_bar, q_smem)
+    tma.async_copy_global_to_shared(desc_k, [k_row + tile_begin(starts, 0, count, BN, INNER, LISTED), k_col], q_bar, k_smem.index(0))
+    fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, 0, starts, count, BN, INNER, LISTED)
     # the steps at the end of the list that some row doesn't see whole
     whole_until = (gl.minimum(first, n_k - 1) if CAUSAL else n_k - 1) - (BN - 1)
     cut = 0
@@ -147,64 +165,55 @@ def hopper_kernel(
     zero = gl.zeros([BM, BN], gl.float32, s_layout)
     mbarrier.wait(q_bar, 0)
     for j in range(0, cut):
-        slot = j % STAGES
-        phase = (j // STAGES) & 1
         begin = tile_begin(starts, j, count, BN, INNER, LISTED)
-        mbarrier.wait(k_bars.index(slot), phase)
-        s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_smem, k_smem.index(j % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         p, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
         o = o * gl.convert_layout(forget, rows_o)[:, None]
-        mbarrier.wait(v_bars.index(slot), phase)
+        mbarrier.wait(bars.index(j % 2), (j // 2) & 1)
         if TAIL:
-            blank_tail(v_smem.index(slot), begin, n_k, BN, D, num_warps)
-        o = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_smem.index(slot), o, is_async=True)
+            blank_tail(v_smem.index(j % 2), begin, n_k, BN, D, num_warps)
+        o = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_smem.index(j % 2), o, is_async=True)
         o = warpgroup_mma_wait(0, deps=[o])
         gl.thread_barrier()
-        following = tile_begin(starts, j + STAGES, count, BN, INNER, LISTED)
-        fetch(desc_k, k_row + following, k_col, k_bars, k_smem, j + STAGES, j + STAGES < count, STAGES)
-        fetch(desc_v, v_row + following, v_col, v_bars, v_smem, j + STAGES, j + STAGES < count, STAGES)
+        fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, j + 1, starts, count, BN, INNER, LISTED)
 
     if cut < count:
-        ahead = tile_begin(starts, cut + STAGES, count, BN, INNER, LISTED)
-        mbarrier.wait(k_bars.index(cut % STAGES), (cut // STAGES) & 1)
-        s = warpgroup_mma(q_smem, k_smem.index(cut % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_smem, k_smem.index(cut % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         gl.thread_barrier()
-        fetch(desc_k, k_row + ahead, k_col, k_bars, k_smem, cut + STAGES, cut + STAGES < count, STAGES)
+        # the keys of step cut + 2 take the place of those of step cut; their values' place has been free for a step
+        fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, cut + 1, starts, count, BN, INNER, LISTED)
         weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
         o = o * gl.convert_layout(forget, rows_o)[:, None]
         p = gl.convert_layout(weights.to(dtype), p_layout)
         for j in range(cut + 1, count):
-            mbarrier.wait(k_bars.index(j % STAGES), (j // STAGES) & 1)
-            s_next = warpgroup_mma(q_smem, k_smem.index(j % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_bars.index((j - 1) % STAGES), ((j - 1) // STAGES) & 1)
-            o_next = warpgroup_mma(p, v_smem.index((j - 1) % STAGES), o, is_async=True)
-            following = tile_begin(starts, j + STAGES, count, BN, INNER, LISTED)
+            mbarrier.wait(bars.index((j - 1) % 2), ((j - 1) // 2) & 1)
+            s_next = warpgroup_mma(q_smem, k_smem.index(j % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
+            o_next = warpgroup_mma(p, v_smem.index((j - 1) % 2), o, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_next])
             weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
             o = warpgroup_mma_wait(0, deps=[o_next])
             gl.thread_barrier()
-            fetch(desc_v, v_row + ahead, v_col, v_bars, v_smem, j - 1 + STAGES, j - 1 + STAGES < count, STAGES)
-            fetch(desc_k, k_row + following, k_col, k_bars, k_smem, j + STAGES, j + STAGES < count, STAGES)
-            ahead = following
+            fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, j + 1, starts, count, BN, INNER, LISTED)
             o = o * gl.convert_layout(forget, rows_o)[:, None]
             p = gl.convert_layout(weights.to(dtype), p_layout)
         last = count - 1
-        mbarrier.wait(v_bars.index(last % STAGES), (last // STAGES) & 1)
-        o = warpgroup_mma(p, v_smem.index(last % STAGES), o, is_async=True)
+        mbarrier.wait(bars.index(last % 2), (last // 2) & 1)
+        o = warpgroup_mma(p, v_smem.index(last % 2), o, is_async=True)
         o = warpgroup_mma_wait(0, deps=[o])
     read = total > 0.0
     scale_back = gl.convert_layout(gl.where(read, 1.0 / gl.where(read, total, 1.0), 0.0), rows_o)
     o = gl.where((scale_back > 0.0)[:, None], o * scale_back[:, None], 0.0)
-    query = tile * BM + gl.arange(0, BM, layout=rows_o)
+    begin = (gl.num_programs(0) - 1 - block_index(0)) * BM
+    base = block_index(1).to(gl.int64) * n_q  # (batch * heads + head) * n_q
+    query = begin + gl.arange(0, BM, layout=rows_o)
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-    row = (batch * heads + head).to(gl.int64) * n_q + query
-    gl.store(out_ptr + row[:, None] * D + cols[None, :], o.to(dtype), mask=(query < n_q)[:, None])
+    gl.store(out_ptr + (base + query)[:, None] * D + cols[None, :], o.to(dtype), mask=(query < n_q)[:, None])
     if HAS_LSE:
         lse = gl.where(read, (m + gl.log2(gl.where(read, total, 1.0))) / 1.4426950408889634, float("-inf"))
-        query_s = tile * BM + gl.arange(0, BM, layout=rows_s)
-        gl.store(lse_ptr + (batch * heads + head).to(gl.int64) * n_q + query_s, lse, mask=query_s < n_q)
+        query_s = begin + gl.arange(0, BM, layout=rows_s)
+        gl.store(lse_ptr + base + query_s, lse, mask=query_s < n_q)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, scale: float) -> bool:
@@ -236,7 +245,7 @@ def forward(
         descriptor(q, BLOCK_M), descriptor(k, BLOCK_N), descriptor(v, BLOCK_N), out, lse,
         q if lists is None else lists.starts, q if lists is None else lists.start_counts, scale * LOG2E, n_q, n_k,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides[:5], heads, heads // k.shape[1], heads // list_heads,
-        BM=BLOCK_M, BN=BLOCK_N, D=dim, STAGES=STAGES, INNER=1 if lists is None else lists.block_k // BLOCK_N, CAUSAL=causal,
+        BM=BLOCK_M, BN=BLOCK_N, D=dim, INNER=1 if lists is None else lists.block_k // BLOCK_N, CAUSAL=causal,
         LISTED=lists is not None, TAIL=n_k % BLOCK_N != 0 or (lists is not None and not lists.aligned),
-        HAS_LSE=lse.numel() > 0, num_warps=WARPS,
+        SAME=k.stride() == v.stride() and all(k.stride(i) % k.stride(2) == 0 for i in (0, 1)), HAS_LSE=lse.numel() > 0, num_warps=WARPS,
     )  # fmt: skip
