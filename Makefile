@@ -6,7 +6,7 @@ MARKS     ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,not gpu)
 WORKERS   ?= auto
 DEMO_ARGS ?= --model pocket --tasks needle --lengths 2048,4096 --samples 4 --json saccade-report.json --html saccade-report.html \
   --methods "dense;streaming-llm(window=508);snapkv(budget=0.25, window=64, kernel=31);quest(budget=0.25);zipcache"
-BENCH_ARGS ?=
+BENCH_ARGS ?= attend --grid quick
 
 VENV := .venv
 BIN  := $(VENV)/bin

@@ -20,7 +20,7 @@ SOME = {
 
 
 def bench(*arguments: str) -> Any:
-    return runner.invoke(app, ["bench", *arguments])
+    return runner.invoke(app, ["bench", *arguments], env={"COLUMNS": "300"})
 
 
 def check_schema(found: dict[str, Any], op: str) -> None:

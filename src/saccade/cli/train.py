@@ -20,7 +20,7 @@ class Recipe(StrEnum):
 
 def command(
     recipe: Annotated[
-        Recipe, typer.Argument(help="pocket, then pocket-chains, -length and -finish with --start: minutes on GPUs; tiny: seconds on a CPU.")
+        Recipe, typer.Argument(help="pocket, then -chains, -length and -finish with --start: minutes on GPUs; tiny: seconds on a CPU.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed.")],
     start: Annotated[

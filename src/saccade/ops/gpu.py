@@ -40,6 +40,11 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def ceil_div(a: int, b: int) -> int:
+    """How many pieces of b cover a."""
+    return -(-a // b)
+
+
 def multiprocessors(x: Tensor) -> int:
     """How many programs run side by side on the device of `x`; some small number in the interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4

@@ -11,12 +11,11 @@ Everything else (caps, biases, single keys, other tiles and devices) is the port
 """
 
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportAssignmentType=false
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from saccade.ops.attend.triton.launch import LOG2E, Lists, rows_layout
+from saccade.ops.gpu import ceil_div
 
 BLOCK_M, BLOCK_N, WARPS = 128, 64, 4
 
@@ -241,7 +241,7 @@ def forward(
 
     list_heads = 1 if lists is None else max(lists.starts.shape[1], lists.tokens.shape[1])
     n_k = k.shape[2]
-    hopper_kernel[(triton.cdiv(n_q, BLOCK_M), batch * heads)](
+    hopper_kernel[(ceil_div(n_q, BLOCK_M), batch * heads)](
         descriptor(q, BLOCK_M), descriptor(k, BLOCK_N), descriptor(v, BLOCK_N), out, lse,
         q if lists is None else lists.starts, q if lists is None else lists.start_counts, scale * LOG2E, n_q, n_k,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides[:5], heads, heads // k.shape[1], heads // list_heads,

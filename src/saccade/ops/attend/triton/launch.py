@@ -1,17 +1,19 @@
 """From a Problem to the kernels: shapes, strides, tile sizes and tensor descriptors."""
 
+# Triton's launcher takes more arguments than the kernel names, and turns numbers into constants.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.core import Selection
 from saccade.ops.attend.triton.forward import forward_kernel
-from saccade.ops.gpu import next_power_of_two
+from saccade.ops.gpu import ceil_div, next_power_of_two
 
 LOG2E = 1.4426950408889634
 
@@ -146,12 +148,12 @@ def forward(
     desc_v = rows_descriptor(v, config.keys, padded_v)
     desc_q = rows_descriptor(q, block_m, padded) if pack == 1 and rows == block_m and q.dtype != torch.float32 else None
     tma = desc_k is not None and desc_v is not None and q.dtype != torch.float32
-    tiles = triton.cdiv(n_q, block_q)
+    tiles = ceil_div(n_q, block_q)
     bias_strides = (0, 0, 0, 0)
     if bias is not None:
         bias_strides = bias.expand(batch, heads, n_q, n_k).stride()
-    edge = triton.cdiv(rows, block_k) if causal else int(n_k % block_k != 0)
-    grid = (tiles * triton.cdiv(block_q, rows), batch * (heads // pack))
+    edge = ceil_div(rows, block_k) if causal else int(n_k % block_k != 0)
+    grid = (tiles * ceil_div(block_q, rows), batch * (heads // pack))
     forward_kernel[grid](
         q, k, v, q if desc_q is None else desc_q, desc_k if tma else k, desc_v if tma else v, out, lse, q if bias is None else bias,
         lists.starts, lists.start_counts, lists.tokens, lists.token_counts, q if lists.log_weight is None else lists.log_weight,

@@ -1,18 +1,20 @@
 """From a forward result and its gradient to the two backward kernels."""
 
+# Triton's launcher takes more arguments than the kernel names, and turns numbers into constants.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.ops.attend.triton.backward_k import backward_k_kernel
 from saccade.ops.attend.triton.backward_q import backward_q_kernel, delta_kernel
 from saccade.ops.attend.triton.launch import Lists, list_strides, rows_descriptor, unit_stride
-from saccade.ops.gpu import next_power_of_two
+from saccade.ops.gpu import ceil_div, next_power_of_two
 
 
 class Config(NamedTuple):
@@ -43,7 +45,7 @@ def readers(lists: Lists, n_q: int, n_k: int, causal: bool) -> tuple[Tensor, Ten
 
     For aligned key tiles. No host synchronisation; memory B * H * Tq * Tk entries.
     """
-    key_tiles = triton.cdiv(n_k, lists.block_k)
+    key_tiles = ceil_div(n_k, lists.block_k)
     tile = torch.where(lists.starts >= n_k, key_tiles, lists.starts // lists.block_k).long()
     mask = torch.zeros(*tile.shape[:3], key_tiles + 1, dtype=torch.bool, device=tile.device)
     mask = mask.scatter_(3, tile, True)[..., :key_tiles]
@@ -75,7 +77,7 @@ def backward(
     out = out.contiguous()
     delta = torch.empty_like(lse)
     padded_v = max(16, next_power_of_two(dim_v))
-    delta_kernel[(triton.cdiv(lse.numel(), 64),)](
+    delta_kernel[(ceil_div(lse.numel(), 64),)](
         out, d_out, lse if d_lse is None else d_lse.contiguous(), delta, lse.numel(),
         DV=dim_v, BDV=padded_v, BM=64, HAS_LSE=d_lse is not None,
     )  # fmt: skip
@@ -112,7 +114,7 @@ def backward(
         ]
 
     list_heads = max(lists.starts.shape[1], lists.tokens.shape[1])
-    grid = (triton.cdiv(n_q, lists.block_q) * triton.cdiv(lists.block_q, rows), batch * heads)
+    grid = (ceil_div(n_q, lists.block_q) * ceil_div(lists.block_q, rows), batch * heads)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shape = {"D": dim, "DV": dim_v, "BD": padded, "BDV": padded_v, "CAUSAL": causal, "HAS_CAP": softcap != 0, "PRECISION": precision}
     ours = descriptors(block_m, keys)
@@ -122,7 +124,7 @@ def backward(
         q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dq, dk, dv,
         lists.starts, lists.start_counts, lists.tokens, lists.token_counts, q if lists.log_weight is None else lists.log_weight,
         scale, float(softcap), n_q, n_k, *strides, *list_strides(lists), heads, heads // kv_heads, heads // list_heads,
-        triton.cdiv(n_q, lists.block_q), block_q=lists.block_q, block_k=lists.block_k, ROWS=rows,
+        ceil_div(n_q, lists.block_q), block_q=lists.block_q, block_k=lists.block_k, ROWS=rows,
         BM=block_m, BN=keys if tiled else 16, BT=config.gathered, LISTED=listed, SMALL=small, TOKENS=tokens,
         WEIGHT=lists.log_weight is not None, TMA=tma, TMA_Q=tma_q, STAGES=config.q_stages, EVEN=n_k % keys == 0, **shape,
         num_warps=config.q_warps if block_m >= 64 else 4, num_stages=config.q_stages,
@@ -131,7 +133,7 @@ def backward(
         ids, counts = readers(lists, n_q, n_k, causal) if listed else (none, none)
         ours = descriptors(k_rows, k_keys)
         tma = all(x is not None for x in ours)
-        backward_k_kernel[(triton.cdiv(n_k, k_keys), batch * kv_heads)](
+        backward_k_kernel[(ceil_div(n_k, k_keys), batch * kv_heads)](
             q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dk, dv, ids, counts,
             scale, float(softcap), n_q, n_k, ids.shape[-1], *strides, heads, heads // kv_heads, ids.shape[1], ids.shape[0],
             block_q=lists.block_q, block_k=lists.block_k if listed else k_keys, BM=k_rows, BN=k_keys, LISTED=listed, ADD=gathers, TMA=tma,
