@@ -135,8 +135,9 @@ def test_doctor_looks_at_everything():
     assert any(name.startswith("gpu") for name in names)
     missing = [check for check in found["checks"] if not check["found"] and check["group"] != "machine"]
     assert all(check["install"] and check["note"] for check in missing)
-    runs = {run["impl"]: run["runs"] for run in found["runs"]}
-    assert set(runs) == {"reference", "cpu", "flex", "triton"} and runs["reference"] and runs["cpu"]
+    runs = {(run["op"], run["impl"]): run["runs"] for run in found["runs"]}
+    assert {op for op, _ in runs} == {"attend", "decode", "estimate", "scan"} and runs["attend", "reference"] and runs["attend", "cpu"]
+    assert len({runs[op, "triton"] for op, _ in runs}) == 1
     assert all(run["why"] for run in found["runs"])
     text = run("doctor").stdout
     assert "what this machine can run" in text and "attend reference" in text

@@ -132,10 +132,8 @@ def _compiler() -> str:
 
 
 def implementations() -> list[Run]:
-    """Each implementation of `attend`: whether it runs here, and why or why not."""
+    """Each implementation of the ops: whether it runs here, and why or why not."""
     import torch
-
-    from saccade.ops.attend import IMPLEMENTATIONS
 
     gpu = torch.cuda.is_available()
     runs = [
@@ -148,12 +146,17 @@ def implementations() -> list[Run]:
         runs.append(Run("attend", "flex", True, f"compiled by torch with {os.path.basename(_compiler())}, on the CPU"))
     else:
         runs.append(Run("attend", "flex", False, "needs a C++ compiler (CPU) or Triton and a GPU"))
-    if "triton" not in IMPLEMENTATIONS:
-        runs.append(Run("attend", "triton", False, "this version of saccade has no Triton kernels"))
-    elif not gpu:
-        runs.append(Run("attend", "triton", False, "needs a GPU that torch can see"))
-    else:
-        runs.append(Run("attend", "triton", bool(_installed("triton")), "" if _installed("triton") else "needs Triton"))
+    why = "" if _installed("triton") else "needs Triton"
+    if not gpu:
+        why = "needs a GPU that torch can see"
+    runs += [
+        Run("decode", "reference", True, "plain torch"),
+        Run("decode", "cpu", True, "gathers the chosen keys; packed caches in chunks"),
+        Run("estimate", "torch", True, "plain torch"),
+        Run("scan", "reference", True, "token by token"),
+        Run("scan", "chunked", True, "plain torch, any device"),
+    ]
+    runs += [Run(op, "triton", not why, why or "kernels for the GPU") for op in ("attend", "decode", "estimate", "scan")]
     return runs
 
 
