@@ -115,11 +115,12 @@ def test_a_chip_filters_everything_and_again_clears(page, small_result):
     look_at(page, "#tasks .point")
     page.wait_for_function("() => document.querySelectorAll('#bars .panel .point').length === 3")
     look_at(page, "#fidelity #mass .trace")
-    assert page.locator("#mass .trace").count() == 1
+    # charts that come into view are drawn a moment later
+    page.wait_for_function("() => document.querySelectorAll('#mass .trace').length === 1")
     assert page.input_value("#attention-method") == "snapkv(budget=0.25)"
     chip.click()
     assert page.locator(SHOWN_ROWS).count() == rows
-    assert page.locator("#mass .trace").count() == 4
+    page.wait_for_function("() => document.querySelectorAll('#mass .trace').length === 4")
     assert page.locator(".heat[hidden]").count() == 0
 
 

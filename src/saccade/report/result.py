@@ -45,7 +45,7 @@ def read(result: Any) -> dict[str, Any]:
         raise ValueError("the result has no rows: nothing was compared, so there is nothing to show")
     clean = finite({key: value for key, value in result.items() if key not in ("rows", "attention")})
     for part in ("environment", "model", "settings"):
-        clean[part] = clean.get(part) or {}
+        clean[part] = {name: value for name, value in (clean.get(part) or {}).items() if value is not None}
     for part in ("created", "command"):
         clean[part] = str(clean.get(part) or "")
     clean["rows"] = [_row(index, row) for index, row in enumerate(rows)]
