@@ -1,12 +1,12 @@
 """Forward kernel for Hopper GPUs, in Gluon: dense attention, and tiles of 64 keys or multiples read by tiles of 128 queries.
 
 Four warps hold 128 queries, so that two programs share a multiprocessor. Keys and values come by tensor memory access into rings of
-shared memory, last tile first: tiles cut by the diagonal or by the end of the keys come first, one at a time. Of the others, the matrix
-units work on the values of one while the exponentials of the next are computed:
+shared memory, last tile first: tiles cut by the diagonal or by the end of the keys come first, one at a time. The others are issued so:
 
     start  S_j = Q K_j^T         start  O += P_(j-1) V_(j-1)         wait S_j, softmax -> P_j         wait O, rescale
 
-What Triton's own pipelining does not do is start the second product before the softmax: it waits for each product where it stands.
+The assembler that comes with Triton 3.6 moves the second wait ahead of the softmax, so within a program the two products overlap with each other and
+not with the exponentials; what covers those is the other program of the multiprocessor.
 Everything else (caps, biases, single keys, other tiles and devices) is the portable kernel's.
 """
 

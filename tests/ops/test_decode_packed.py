@@ -1,0 +1,73 @@
+"""Packed caches: what decode reads from them, what they hold, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import saccade
+from saccade.ops import decode
+from saccade.ops.decode import Packed, decode_quantised, quantised
+
+
+def packed(g: torch.Generator, n: int, **how: object) -> Packed:
+    return Packed.of(torch.randn(2, 2, n, 16, generator=g), **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 4}, {"bits": 3, "group": 10}, {"bits": 2, "granularity": "token", "group": 4}, {"bits": 8, "symmetric": True},
+        {"bits": 5, "granularity": "token", "group": 6, "symmetric": True}, {"bits": 3, "nonuniform": True, "outliers": 0.1},
+        {"bits": 4, "rotate": True, "granularity": "token", "group": 16, "outliers": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_quantised_decode_is_decode_of_what_is_restored(how: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "CHUNK", 16)
+    g = torch.Generator().manual_seed(9)
+    q, keys, values = torch.randn(2, 4, 2, 16, generator=g), packed(g, 50, **how), packed(g, 50, **how)
+    want = decode(q.double(), keys.read(dtype=torch.float64), values.read(dtype=torch.float64), return_lse=True, impl="reference")
+    for impl in ("cpu", "reference"):
+        got = decode_quantised(q, keys, values, return_lse=True, impl=impl)
+        assert float((got.out - want.out).abs().max()) < 2e-6 and float((got.lse - want.lse).abs().max()) < 5e-6
+        assert saccade.last_run().impl == impl
+        short = decode_quantised(q, keys, values, lengths=torch.tensor([50, 21]), softcap=3.0, return_lse=True, impl=impl)
+        restored = (x.read(dtype=torch.float64) for x in (keys, values))
+        part = decode(q.double(), *restored, lengths=torch.tensor([50, 21]), softcap=3.0, impl="reference")
+        assert float((short.out - part.out).abs().max()) < 2e-6
+
+
+def test_packed_restores_within_half_a_step_and_keeps_outliers() -> None:
+    x = torch.randn(1, 2, 37, 24, generator=torch.Generator().manual_seed(0)).double()
+    x[0, 0, 3, 5] = 40.0
+    for how in ({"granularity": "channel", "group": 10}, {"granularity": "token", "group": 7}):
+        p = Packed.of(x, 4, **how)  # type: ignore[arg-type]
+        scale = p.scale.repeat_interleave(how["group"], dim=2 if how["granularity"] == "channel" else 3)[:, :, :37, :24]
+        assert bool(((p.read(dtype=torch.float64) - x).abs() <= scale / 2 + 1e-6).all())
+        assert torch.equal(p.read(5, 20, torch.float64), p.read(dtype=torch.float64)[:, :, 5:20])
+        kept = Packed.of(x, 4, outliers=0.05, **how)  # type: ignore[arg-type]
+        assert abs(float(kept.read(dtype=torch.float64)[0, 0, 3, 5]) - 40.0) < 1e-9
+        assert float((kept.read(dtype=torch.float64) - x).norm()) < float((p.read(dtype=torch.float64) - x).norm())
+
+
+def test_packed_bytes_are_what_the_bits_say() -> None:
+    x = torch.randn(1, 2, 256, 128).bfloat16()
+    assert Packed.of(x, 4, group=128).nbytes == 2 * 256 * 64 + 2 * 2 * 2 * 128 * 2
+    assert Packed.of(x, 2, granularity="token", group=128).nbytes == 2 * 256 * 32 + 2 * 2 * 256 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(1, 1, 3, 8)}, "scale has shape"),
+        ({"zero": torch.ones(1, 1, 1, 8)}, "without a scale"),
+        ({"codebook": torch.ones(8)}, "codebook has shape"),
+        ({"outlier_index": torch.ones(1, 1, 4, 1)}, "index and a delta"),
+        ({"bits": 2}, "codes are"),
+        ({"granularity": "row"}, "granularity 'row'"),
+    ],
+)
+def test_packed_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Packed(**{"codes": torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "bits": 4, "dim": 8, **change})  # type: ignore[arg-type]
