@@ -5,8 +5,8 @@ shared memory, last tile first: tiles cut by the diagonal or by the end of the k
 
     start  S_j = Q K_j^T         start  O += P_(j-1) V_(j-1)         wait S_j, softmax -> P_j         wait O, rescale
 
-The assembler that comes with Triton 3.6 moves the second wait ahead of the softmax, so within a program the two products overlap with each other and
-not with the exponentials; what covers those is the other program of the multiprocessor.
+The assembler that comes with Triton 3.6 moves the second wait ahead of the softmax, so within a program the two products overlap with each
+other and not with the exponentials; what covers those is the other program of the multiprocessor.
 Everything else (caps, biases, single keys, other tiles and devices) is the portable kernel's.
 """
 
