@@ -66,6 +66,7 @@ def decode(
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap {softcap} must be positive, or None for no cap")
+    layout = None
     if offsets is not None:
         check_ragged(q, k, v, offsets, kv_heads, any(x is not None for x in (selection, lengths, block_table)))
         heads, n_k = kv_heads or 1, -1
@@ -73,7 +74,8 @@ def decode(
         check_paged(q, k, v, block_table)
         heads, n_k = k.shape[2], block_table.shape[1] * k.shape[1]
     else:
-        heads, n_k = check_attention_inputs(q, k, v).kv_heads, k.shape[2]
+        layout = check_attention_inputs(q, k, v)
+        heads, n_k = layout.kv_heads, k.shape[2]
     if lengths is not None:
         check_lengths(q, lengths)
     if selection is not None:
@@ -100,7 +102,7 @@ def decode(
             n_k = max((b - a for a, b in pairwise(ends)), default=0)
             result = by_head(rectangle, q, k, v, ends, heads, factor, softcap, causal)
         else:
-            layout = HeadLayout(query_heads=q.shape[1], kv_heads=heads, head_dim=q.shape[3], value_dim=v.shape[3])
+            layout = layout or HeadLayout(query_heads=q.shape[1], kv_heads=heads, head_dim=q.shape[3], value_dim=v.shape[3])
             problem = Problem(
                 q=q, k=k, v=v, selection=selection, causal=causal and selection is None, scale=factor, softcap=softcap, bias=None,
                 return_lse=return_lse, layout=layout,

@@ -57,7 +57,12 @@ def attend(problem: Problem, ends: Ends) -> Partial:
 
 def _attend(problem: Problem, queries: Tensor, listed: Listed, exact: torch.dtype) -> Partial:
     """Queries `(R, g, D)` over R lists: out `(R, g, Dv)` and lse `(R, g)`."""
-    logits = problem.logits(torch.bmm(queries, listed.gather(problem.k, exact).mT))
+    rows = listed.rows(problem.k)
+    keys = listed.gather(rows, exact)
+    # the g queries are fewer numbers to scale than their logits
+    logits = torch.bmm(queries * problem.scale, keys.mT)
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
     if listed.weight is not None:
         logits[..., listed.singles_from :] += listed.weight.unsqueeze(1)
     if listed.gaps is not None:
@@ -66,10 +71,16 @@ def _attend(problem: Problem, queries: Tensor, listed: Listed, exact: torch.dtyp
     if listed.gaps is not None or listed.weight is not None:
         # a head without any key is 0 by policy, where softmax over nothing gives nan
         weights = weights.masked_fill(logits == -torch.inf, 0.0)
-    v = listed.gather(problem.v, exact)  # into the buffer that held the keys
+    lse = torch.logsumexp(logits, dim=-1) if problem.return_lse else None
+    rows = listed.rows(problem.v, like=rows)
+    if queries.shape[1] == 1:
+        out = listed.weighted_sum(rows, weights.squeeze(1))
+        if out is not None:
+            return Partial(out.unsqueeze(1), lse)
+    v = listed.gather(rows, exact)  # into the buffer that held the keys
     if listed.gaps is not None:
         _blank(v, listed.gaps)
-    return Partial(torch.bmm(weights, v), torch.logsumexp(logits, dim=-1) if problem.return_lse else None)
+    return Partial(torch.bmm(weights, v), lse)
 
 
 def _blank(v: Tensor, gaps: Tensor) -> None:
