@@ -266,9 +266,10 @@ def test_no_host_synchronisation_and_graph_capture() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        same(select(), want)
+        got = select()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    same(got, want)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = select()

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 
+# looked up once, here: torch.compile of torch 2.11 does not trace find_spec
+_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported; it is not imported for that."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def interpreting() -> bool:

@@ -1,12 +1,13 @@
 """Forward kernel for Hopper GPUs, in Gluon: dense attention, and tiles of 64 keys or multiples read by tiles of 128 queries.
 
-Four warps hold 128 queries, so that two programs share a multiprocessor. Keys and values come by tensor memory access into rings of
-shared memory, last tile first: tiles cut by the diagonal or by the end of the keys come first, one at a time. The others are issued so:
+A program stays on its multiprocessor and works through tiles of 128 queries, with three groups of warps:
 
-    start  S_j = Q K_j^T         start  O += P_(j-1) V_(j-1)         wait S_j, softmax -> P_j         wait O, rescale
+    producer (1 warp)           brings queries, keys and values by tensor memory access into rings of shared memory
+    consumers (2 x 4 warps)     64 query rows each: S_j = Q K_j^T and O += P_(j-1) V_(j-1) in flight together, then softmax of S_j
 
-The assembler that comes with Triton 3.6 moves the second wait ahead of the softmax, so within a program the two products overlap with each
-other and not with the exponentials; what covers those is the other program of the multiprocessor.
+While one consumer is at its exponentials the other has the tensor cores. A ring slot has a barrier that says "full" (the copy has landed)
+and one that says "empty" (both consumers have read it). Keys come last tile first: those that the diagonal or the end of the keys cuts
+come first, one at a time. Long query tiles go first, over as many heads as have their keys and values in the L2 cache together.
 Everything else (caps, biases, single keys, other tiles and devices) is the portable kernel's.
 """
 
@@ -23,9 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from saccade.ops.attend.triton.launch import LOG2E, Lists, rows_layout
-from saccade.ops.gpu import ceil_div
+from saccade.ops.gpu import ceil_div, multiprocessors
 
-BLOCK_M, BLOCK_N, WARPS = 128, 64, 4
+BLOCK_M, WARPS = 128, 4
+RINGS = ((128, 2), (64, 4))  # keys of a step, slots of a ring: the first that divides the tiles of a selection
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+CACHED = 36 << 20  # bytes of keys and values that stay in the L2 cache
 
 
 @gluon.jit
@@ -39,24 +43,74 @@ def tile_begin(starts, i, count, BN: gl.constexpr, INNER: gl.constexpr, LISTED: 
 
 
 @gluon.jit
-def fetch(
-    desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, i, starts, count, BN: gl.constexpr, INNER: gl.constexpr,
-    LISTED: gl.constexpr,
-):  # fmt: skip
-    """Start loading what step i + 1 needs: its keys, and the values of step i. One barrier stands for both."""
-    k_begin = tile_begin(starts, i + 1, count, BN, INNER, LISTED)
-    v_begin = tile_begin(starts, i, count, BN, INNER, LISTED)
-    wanted = i < count
-    bar = bars.index(i % 2)
-    mbarrier.expect(bar, desc_k.block_type.nbytes + desc_v.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(desc_k, [k_row + k_begin, k_col], bar, k_smem.index((i + 1) % 2), pred=wanted)
-    tma.async_copy_global_to_shared(desc_v, [v_row + v_begin, v_col], bar, v_smem.index(i % 2), pred=wanted)
+def work_of(w, sizes, lists, BM: gl.constexpr, BN: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr, LISTED: gl.constexpr):
+    """(query tile, batch, head, pointer to its key tiles, steps) of work item w; among `together` heads long tiles come first."""
+    n_q, n_k, heads, _group, _list_group, tiles, together = sizes
+    among = w % (tiles * together)
+    tile = tiles - 1 - among // together
+    rest = w // (tiles * together) * together + among % together
+    batch = rest // heads
+    head = rest % heads
+    starts, counts, stride_sb, stride_sh, stride_st, stride_cb, stride_ch = lists
+    if LISTED:
+        listing = head // _list_group
+        starts = starts + batch.to(gl.int64) * stride_sb + listing.to(gl.int64) * stride_sh + tile.to(gl.int64) * stride_st
+        count = gl.load(counts + batch * stride_cb + listing * stride_ch + tile) * INNER
+    elif CAUSAL:
+        count = gl.cdiv(gl.maximum(gl.minimum((tile + 1) * BM + n_k - n_q, n_k), 0), BN)
+    else:
+        count = gl.cdiv(n_k, BN)
+    return tile, batch, head, starts, count
 
 
 @gluon.jit
-def blank_tail(v, begin, n_k, BN: gl.constexpr, D: gl.constexpr, num_warps: gl.constexpr):
-    """Zeros for the values past the last key, which are other data: their weights are 0, but 0 times a nan there would be nan."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [num_warps, 1], [1, 0])
+def produce(
+    descs, strides, sizes, lists, work, smem, bars,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    desc_q, desc_k, desc_v = descs
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn = strides
+    q_smem, k_smem, v_smem = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    group = sizes[3]
+    step = 0
+    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        turn = w // gl.num_programs(0)
+        tile, batch, head, starts, count = work_of(w, sizes, lists, BM, BN, INNER, CAUSAL, LISTED)
+        kv = head // group
+        q_off = batch.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh
+        k_off = batch.to(gl.int64) * stride_kb + kv.to(gl.int64) * stride_kh
+        v_off = batch.to(gl.int64) * stride_vb + kv.to(gl.int64) * stride_vh
+        q_row = (q_off // stride_qn).to(gl.int32) + tile * BM
+        q_col = (q_off % stride_qn).to(gl.int32)
+        k_row = (k_off // stride_kn).to(gl.int32)
+        k_col = (k_off % stride_kn).to(gl.int32)
+        v_row = (v_off // stride_vn).to(gl.int32)
+        v_col = (v_off % stride_vn).to(gl.int32)
+        for half in gl.static_range(2):
+            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(half), desc_q.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_q, [q_row + half * (BM // 2), q_col], q_full.index(half), q_smem.index(half))
+        for j in range(0, count):
+            begin = tile_begin(starts, j, count, BN, INNER, LISTED)
+            slot = step % STAGES
+            phase = ((step // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), desc_k.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_k, [k_row + begin, k_col], k_full.index(slot), k_smem.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), desc_v.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_v, [v_row + begin, v_col], v_full.index(slot), v_smem.index(slot))
+            step += 1
+
+
+@gluon.jit
+def blank_tail(v, begin, n_k, BN: gl.constexpr, D: gl.constexpr):
+    """Zeros for the values past the last key, which are other data: their weights are 0, but 0 times a nan there would be nan.
+
+    Both consumers write them; they write the same.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
     if begin + BN > n_k:
         rows = begin + gl.arange(0, BN, layout=gl.SliceLayout(1, layout))
         x = v.load(layout)
@@ -85,135 +139,146 @@ def weigh(s, m, total, scale, begin, position, keys, n_k, MASK: gl.constexpr, CA
 
 
 @gluon.jit
-def block_index(AXIS: gl.constexpr):
-    """program_id, read anew: what was worked out from it before the loop need not be kept in registers through it."""
-    if AXIS == 0:
-        return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.y;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def consume(
+    WHICH: gl.constexpr, out, scale, sizes, lists, work, smem, bars,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
+    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    q_smem, k_smem, v_smem = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    out_ptr, lse_ptr = out
+    n_q, n_k, heads = sizes[0], sizes[1], sizes[2]
+    dtype: gl.constexpr = q_smem.dtype
+    ROWS: gl.constexpr = BM // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    keys = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+    zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
+    q = q_smem.index(WHICH)
+    step = 0
+    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        turn = w // gl.num_programs(0)
+        tile, batch, head, starts, count = work_of(w, sizes, lists, BM, BN, INNER, CAUSAL, LISTED)
+        first = tile * BM + WHICH * ROWS + n_k - n_q  # position of the first row
+        # the steps at the end of the list that some row doesn't see whole
+        whole_until = (gl.minimum(first, n_k - 1) if CAUSAL else n_k - 1) - (BN - 1)
+        cut = 0
+        at = tile_begin(starts, 0, count, BN, INNER, LISTED)
+        while (cut < count) & (at > whole_until):
+            cut += 1
+            at = tile_begin(starts, cut, count, BN, INNER, LISTED)
+        position = first + gl.arange(0, ROWS, layout=rows_s)
+        m = gl.full([ROWS], float("-inf"), gl.float32, rows_s)
+        total = gl.zeros([ROWS], gl.float32, rows_s)
+        o = gl.zeros([ROWS, D], gl.float32, o_layout)
+        mbarrier.wait(q_full.index(WHICH), turn & 1)
+        for j in range(0, cut):
+            begin = tile_begin(starts, j, count, BN, INNER, LISTED)
+            slot = step % STAGES
+            phase = (step // STAGES) & 1
+            mbarrier.wait(k_full.index(slot), phase)
+            s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            weights, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
+            o = o * gl.convert_layout(forget, rows_o)[:, None]
+            mbarrier.wait(v_full.index(slot), phase)
+            if TAIL:
+                blank_tail(v_smem.index(slot), begin, n_k, BN, D)
+            o = warpgroup_mma(gl.convert_layout(weights.to(dtype), p_layout), v_smem.index(slot), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            step += 1
+
+        if cut < count:
+            slot = step % STAGES
+            mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+            s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
+            o = o * gl.convert_layout(forget, rows_o)[:, None]
+            p = gl.convert_layout(weights.to(dtype), p_layout)
+            step += 1
+            for _j in range(cut + 1, count):
+                slot = step % STAGES
+                before = (step - 1) % STAGES
+                mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+                s_next = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
+                o_next = warpgroup_mma(p, v_smem.index(before), o, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s_next])
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
+                o = warpgroup_mma_wait(0, deps=[o_next])
+                mbarrier.arrive(v_empty.index(before), count=1)
+                o = o * gl.convert_layout(forget, rows_o)[:, None]
+                p = gl.convert_layout(weights.to(dtype), p_layout)
+                step += 1
+            last = (step - 1) % STAGES
+            mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+            o = warpgroup_mma(p, v_smem.index(last), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.arrive(v_empty.index(last), count=1)
+        mbarrier.arrive(q_empty.index(WHICH), count=1)
+        read = total > 0.0
+        scale_back = gl.convert_layout(gl.where(read, 1.0 / gl.where(read, total, 1.0), 0.0), rows_o)
+        o = gl.where((scale_back > 0.0)[:, None], o * scale_back[:, None], 0.0)
+        base = (batch * heads + head).to(gl.int64) * n_q
+        query = tile * BM + WHICH * ROWS + gl.arange(0, ROWS, layout=rows_o)
+        gl.store(out_ptr + (base + query)[:, None] * D + cols[None, :], o.to(dtype), mask=(query < n_q)[:, None])
+        if HAS_LSE:
+            lse = gl.where(read, (m + gl.log2(gl.where(read, total, 1.0))) / 1.4426950408889634, float("-inf"))
+            query_s = tile * BM + WHICH * ROWS + gl.arange(0, ROWS, layout=rows_s)
+            gl.store(lse_ptr + base + query_s, lse, mask=query_s < n_q)
 
 
 @gluon.jit
 def hopper_kernel(
     desc_q, desc_k, desc_v, out_ptr, lse_ptr, starts_ptr, counts_ptr, scale, n_q, n_k,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_sb, stride_sh, stride_st, stride_cb, stride_ch, heads, group, list_group,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
-    LISTED: gl.constexpr, TAIL: gl.constexpr, SAME: gl.constexpr, HAS_LSE: gl.constexpr, num_warps: gl.constexpr,
+    stride_sb, stride_sh, stride_st, stride_cb, stride_ch, heads, group, list_group, tiles, together, work,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
+    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr, MORE: gl.constexpr, FEW: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = desc_q.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BN, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
-    rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)  # long tiles first
-    batch = gl.program_id(1) // heads
-    head = gl.program_id(1) % heads
-    kv = head // group
-    q_off = batch.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh
-    k_off = batch.to(gl.int64) * stride_kb + kv.to(gl.int64) * stride_kh
-    k_row = (k_off // stride_kn).to(gl.int32)
-    if SAME:  # keys and values lie alike, heads as whole rows: fewer numbers to keep in registers
-        v_row = k_row
-        k_col = 0
-        v_col = 0
-    else:
-        v_off = batch.to(gl.int64) * stride_vb + kv.to(gl.int64) * stride_vh
-        v_row = (v_off // stride_vn).to(gl.int32)
-        k_col = (k_off % stride_kn).to(gl.int32)
-        v_col = (v_off % stride_vn).to(gl.int32)
-
-    q_smem = gl.allocate_shared_memory(dtype, [BM, D], desc_q.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [2, BN, D], desc_k.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [2, BN, D], desc_v.layout)
-    q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_bar, count=1)
-    mbarrier.init(bars.index(0), count=1)
-    mbarrier.init(bars.index(1), count=1)
+    q_smem = gl.allocate_shared_memory(desc_q.dtype, [2, BM // 2, D], desc_q.layout)
+    k_smem = gl.allocate_shared_memory(desc_q.dtype, [STAGES, BN, D], desc_k.layout)
+    v_smem = gl.allocate_shared_memory(desc_q.dtype, [STAGES, BN, D], desc_v.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(2):
+        mbarrier.init(q_full.index(half), count=1)
+        mbarrier.init(q_empty.index(half), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=2)
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(v_empty.index(slot), count=2)
     fence_async_shared()
-
-    first = tile * BM + n_k - n_q  # position of the first row
-    starts = starts_ptr
-    if LISTED:
-        listing = head // list_group
-        starts = starts_ptr + batch.to(gl.int64) * stride_sb + listing.to(gl.int64) * stride_sh + tile.to(gl.int64) * stride_st
-        count = gl.load(counts_ptr + batch * stride_cb + listing * stride_ch + tile) * INNER
-    elif CAUSAL:
-        count = gl.cdiv(gl.maximum(gl.minimum(first + BM, n_k), 0), BN)
-    else:
-        count = gl.cdiv(n_k, BN)
-    q_row = (q_off // stride_qn).to(gl.int32) + tile * BM
-    mbarrier.expect(q_bar, desc_q.block_type.nbytes + desc_k.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc_q, [q_row, (q_off % stride_qn).to(gl.int32)], q_bar, q_smem)
-    tma.async_copy_global_to_shared(desc_k, [k_row + tile_begin(starts, 0, count, BN, INNER, LISTED), k_col], q_bar, k_smem.index(0))
-    fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, 0, starts, count, BN, INNER, LISTED)
-    # the steps at the end of the list that some row doesn't see whole
-    whole_until = (gl.minimum(first, n_k - 1) if CAUSAL else n_k - 1) - (BN - 1)
-    cut = 0
-    at = tile_begin(starts, 0, count, BN, INNER, LISTED)
-    while (cut < count) & (at > whole_until):
-        cut += 1
-        at = tile_begin(starts, cut, count, BN, INNER, LISTED)
-
-    position = first + gl.arange(0, BM, layout=rows_s)
-    keys = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
-    m = gl.full([BM], float("-inf"), gl.float32, rows_s)
-    total = gl.zeros([BM], gl.float32, rows_s)
-    o = gl.zeros([BM, D], gl.float32, o_layout)
-    zero = gl.zeros([BM, BN], gl.float32, s_layout)
-    mbarrier.wait(q_bar, 0)
-    for j in range(0, cut):
-        begin = tile_begin(starts, j, count, BN, INNER, LISTED)
-        s = warpgroup_mma(q_smem, k_smem.index(j % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        p, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
-        o = o * gl.convert_layout(forget, rows_o)[:, None]
-        mbarrier.wait(bars.index(j % 2), (j // 2) & 1)
-        if TAIL:
-            blank_tail(v_smem.index(j % 2), begin, n_k, BN, D, num_warps)
-        o = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), v_smem.index(j % 2), o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=[o])
-        gl.thread_barrier()
-        fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, j + 1, starts, count, BN, INNER, LISTED)
-
-    if cut < count:
-        s = warpgroup_mma(q_smem, k_smem.index(cut % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        gl.thread_barrier()
-        # the keys of step cut + 2 take the place of those of step cut; their values' place has been free for a step
-        fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, cut + 1, starts, count, BN, INNER, LISTED)
-        weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
-        o = o * gl.convert_layout(forget, rows_o)[:, None]
-        p = gl.convert_layout(weights.to(dtype), p_layout)
-        for j in range(cut + 1, count):
-            mbarrier.wait(bars.index((j - 1) % 2), ((j - 1) // 2) & 1)
-            s_next = warpgroup_mma(q_smem, k_smem.index(j % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
-            o_next = warpgroup_mma(p, v_smem.index((j - 1) % 2), o, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s_next])
-            weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
-            o = warpgroup_mma_wait(0, deps=[o_next])
-            gl.thread_barrier()
-            fetch(desc_k, desc_v, k_row, k_col, v_row, v_col, bars, k_smem, v_smem, j + 1, starts, count, BN, INNER, LISTED)
-            o = o * gl.convert_layout(forget, rows_o)[:, None]
-            p = gl.convert_layout(weights.to(dtype), p_layout)
-        last = count - 1
-        mbarrier.wait(bars.index(last % 2), (last // 2) & 1)
-        o = warpgroup_mma(p, v_smem.index(last % 2), o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=[o])
-    read = total > 0.0
-    scale_back = gl.convert_layout(gl.where(read, 1.0 / gl.where(read, total, 1.0), 0.0), rows_o)
-    o = gl.where((scale_back > 0.0)[:, None], o * scale_back[:, None], 0.0)
-    begin = (gl.num_programs(0) - 1 - block_index(0)) * BM
-    base = block_index(1).to(gl.int64) * n_q  # (batch * heads + head) * n_q
-    query = begin + gl.arange(0, BM, layout=rows_o)
-    cols = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-    gl.store(out_ptr + (base + query)[:, None] * D + cols[None, :], o.to(dtype), mask=(query < n_q)[:, None])
-    if HAS_LSE:
-        lse = gl.where(read, (m + gl.log2(gl.where(read, total, 1.0))) / 1.4426950408889634, float("-inf"))
-        query_s = begin + gl.arange(0, BM, layout=rows_s)
-        gl.store(lse_ptr + base + query_s, lse, mask=query_s < n_q)
+    out = (out_ptr, lse_ptr)
+    descs = (desc_q, desc_k, desc_v)
+    sizes = (n_q, n_k, heads, group, list_group, tiles, together)
+    lists = (starts_ptr, counts_ptr, stride_sb, stride_sh, stride_st, stride_cb, stride_ch)
+    strides = (stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn)
+    smem = (q_smem, k_smem, v_smem)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    gl.warp_specialize(
+        [
+            (consume, (0, out, scale, sizes, lists, work, smem, bars, BM, BN, D, STAGES, INNER, CAUSAL, LISTED, TAIL, HAS_LSE)),
+            (consume, (1, out, scale, sizes, lists, work, smem, bars, BM, BN, D, STAGES, INNER, CAUSAL, LISTED, TAIL, HAS_LSE)),
+            (produce, (descs, strides, sizes, lists, work, smem, bars, BM, BN, STAGES, INNER, CAUSAL, LISTED)),
+        ],
+        [4, 1],
+        [MORE, FEW],
+    )
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, scale: float) -> bool:
@@ -221,7 +286,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, scale: float) ->
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128) or scale < 0:
         return False
     if lists is not None:
-        tiles = lists.block_q == BLOCK_M and lists.block_k % BLOCK_N == 0 and lists.starts.shape[-1] > 0
+        tiles = lists.block_q == BLOCK_M and lists.block_k % RINGS[-1][0] == 0 and lists.starts.shape[-1] > 0
         if not tiles or lists.tokens.shape[-1] > 0 or lists.log_weight is not None:
             return False
     return all(rows_layout(x, x.shape[-1]) is not None for x in (q, k, v))
@@ -240,12 +305,20 @@ def forward(
         return TensorDescriptor(x, *layout, [rows, dim], gl.NVMMASharedLayout.get_default_for([rows, dim], element))
 
     list_heads = 1 if lists is None else max(lists.starts.shape[1], lists.tokens.shape[1])
-    n_k = k.shape[2]
-    hopper_kernel[(ceil_div(n_q, BLOCK_M), batch * heads)](
-        descriptor(q, BLOCK_M), descriptor(k, BLOCK_N), descriptor(v, BLOCK_N), out, lse,
+    keys, stages = next(ring for ring in RINGS if lists is None or lists.block_k % ring[0] == 0)
+    n_k, tiles = k.shape[2], ceil_div(n_q, BLOCK_M)
+    work, group = tiles * batch * heads, heads // k.shape[1]
+    together = group * _cached(batch * k.shape[1], 2 * n_k * dim * k.element_size())
+    hopper_kernel[(min(multiprocessors(q), work),)](
+        descriptor(q, BLOCK_M // 2), descriptor(k, keys), descriptor(v, keys), out, lse,
         q if lists is None else lists.starts, q if lists is None else lists.start_counts, scale * LOG2E, n_q, n_k,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides[:5], heads, heads // k.shape[1], heads // list_heads,
-        BM=BLOCK_M, BN=BLOCK_N, D=dim, INNER=1 if lists is None else lists.block_k // BLOCK_N, CAUSAL=causal,
-        LISTED=lists is not None, TAIL=n_k % BLOCK_N != 0 or (lists is not None and not lists.aligned),
-        SAME=k.stride() == v.stride() and all(k.stride(i) % k.stride(2) == 0 for i in (0, 1)), HAS_LSE=lse.numel() > 0, num_warps=WARPS,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides[:5], heads, group, heads // list_heads, tiles, together, work,
+        BM=BLOCK_M, BN=keys, D=dim, STAGES=stages, INNER=1 if lists is None else lists.block_k // keys, CAUSAL=causal,
+        LISTED=lists is not None, TAIL=n_k % keys != 0 or (lists is not None and not lists.aligned), HAS_LSE=lse.numel() > 0,
+        MORE=CONSUMER_REGISTERS, FEW=PRODUCER_REGISTERS, num_warps=WARPS,
     )  # fmt: skip
+
+
+def _cached(heads: int, size: int) -> int:
+    """The most of `heads` key/value heads, a divisor, whose `size` bytes each fit the cache together; at least 1."""
+    return max(m for m in range(1, heads + 1) if heads % m == 0 and (m == 1 or m * size <= CACHED))

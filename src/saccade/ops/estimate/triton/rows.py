@@ -95,7 +95,7 @@ def config(dim: int, itemsize: int, diagonals: bool) -> dict[str, int]:
     """BN must be at least BM."""
     if itemsize == 4:
         return {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1}
-    return {"BM": BM, "BN": 128 if dim <= 128 else 64, "num_warps": 8 if diagonals or dim > 128 else 4, "num_stages": 2}
+    return {"BM": BM, "BN": 64 if diagonals or dim > 128 else 128, "num_warps": 8 if dim > 128 else 4, "num_stages": 2}
 
 
 def launch_columns(

@@ -153,7 +153,7 @@ FLOAT32_WIDE = FLOAT32 | {"BN": 32}
 def config(dim: int, integers: bool, itemsize: int) -> dict[str, int]:
     """Queries and keys of a step. Chosen by what a step holds: 128 rows, 128 keys, fewer where entries are wide."""
     if integers:
-        return {"BM": 128, "BN": 128 if dim <= 128 else 64, "num_warps": 8, "num_stages": 3}
+        return {"BM": 128, "BN": 64, "num_warps": 4 if dim <= 128 else 8, "num_stages": 3}
     if itemsize == 4:
         return dict(FLOAT32 if dim <= 128 else FLOAT32_WIDE)
     return {"BM": 128, "BN": 128 if dim <= 64 else 64, "num_warps": 8 if dim > 128 else 4, "num_stages": 3 if dim <= 128 else 2}
