@@ -220,7 +220,7 @@ def test_operators_are_sound_for_the_compiler() -> None:
     from saccade.ops.attend.triton.launch import lists_of
 
     q, k, v = (x.float().requires_grad_() for x in draw(20, 20))
-    args = (q, k, v, *lists_of(blocks(20, 20, 16, 16)), None, True, 0.2, 0.0, True)
+    args = (q, k, v, *lists_of(blocks(20, 20, 16, 16)), *(None,) * 8, True, 0.2, 0.0, True)
     torch.library.opcheck(_attend, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saccade.bench import flex, peers
 from saccade.bench.case import Case, Contestant, Field, Run, Settings, Work
-from saccade.bench.exact import AttentionCheck
+from saccade.bench.exact import AttentionCheck, SliceCheck
 from saccade.bench.patterns import random_pages, random_tiles
 from saccade.core import Selection
 from saccade.ops import attend, estimate, last_run
+from saccade.ops.attend import attend_low_bit
+from saccade.ops.attend.low_bit.codes import QUERY_ROWS, rounded, rounded_values
 
 TILE = 128
 
@@ -98,6 +101,35 @@ def _sparse(shape: Shape, pattern: str, density: float, grad: bool, with_flex: b
     return Field(contestants=contestants, check=check, density=found)
 
 
+def _low_bit(shape: Shape, pv: str, density: float | None, s: Settings) -> Field:
+    """Products in int8, next to the same attention in the inputs' dtype. Errors are judged by what rounding alone costs."""
+    x = _inputs(shape, s, False)
+    selection = None if density is None else random_tiles(shape.n, shape.heads, TILE, density, s.device)
+    found = 1.0 if selection is None else selection.density()
+    amount, whole = work(shape, shape.pairs() * found, s.size, False), work(shape, shape.pairs(), s.size, False)
+
+    def call() -> Tensor:
+        values: Any = pv
+        impl: Any = s.impl
+        return attend_low_bit(x.q, x.k, x.v, selection, pv=values, impl=impl).out
+
+    exact = AttentionCheck.of(x.q, x.k, x.v, selection=selection)
+    mean = x.k.mean(2, keepdim=True, dtype=torch.float32)
+    numbers = (
+        rounded(x.q.float(), QUERY_ROWS, "int8"), rounded(x.k.float() - mean, 64, "int8") + mean, rounded_values(x.v.float(), pv)
+    )  # fmt: skip
+    known = AttentionCheck.of(*numbers, selection=selection)
+    check = SliceCheck(
+        slices=exact._slices, exact=lambda: exact._compute(torch.float64), plain=lambda: known._compute(torch.float32)
+    )  # fmt: skip
+    contestants = [
+        Contestant(name="saccade", role="ours", work=amount, make=lambda: Run(call=call, impl=lambda: last_run().impl)),
+        Contestant(name=f"saccade {s.dtype}".replace("torch.", ""), role="peer", work=amount, make=lambda: _ours(x, selection, s)),
+        *peers.dense(x, whole, checked=selection is None),
+    ]
+    return Field(contestants=contestants, check=check, density=found)
+
+
 def _need(shape: Shape, size: int, grad: bool) -> float:
     rows, keys = (shape.batch * heads * shape.n * shape.dim * size for heads in (shape.heads, shape.kv_heads))
     # repeated keys and values for kernels without groups, outputs, gradients in float32
@@ -121,6 +153,15 @@ def sparse_case(shape: Shape, pattern: str, density: float, grad: bool = False, 
     )  # fmt: skip
 
 
+def low_bit_case(shape: Shape, pv: str = "same", density: float | None = None, size: int = 2) -> Case:
+    family = ("int8 dense" if density is None else "int8 tiles") + (", float8 values" if pv == "fp8" else "")
+    lists = 0 if density is None else 30 * shape.heads * (-(-shape.n // TILE)) ** 2
+    given = vars(shape).copy() if density is None else {**vars(shape), "density": density}
+    return Case(
+        family=family, shape=given, need=4 * _need(shape, size, False) + lists, build=partial(_low_bit, shape, pv, density)
+    )  # fmt: skip
+
+
 def cases(grid: str, cuda: bool) -> list[Case]:
     """Most telling first: what the time does not allow is left out at the end."""
     if not cuda:
@@ -135,6 +176,8 @@ def cases(grid: str, cuda: bool) -> list[Case]:
             sparse_case(Shape(8192), "single tokens", 0.1),
             sparse_case(Shape(32768), "pooled top-k", 0.1),
             dense_case(Shape(8192, dim=64)),
+            low_bit_case(Shape(32768)),
+            low_bit_case(Shape(32768), density=0.1),
         ]
     lengths = [1024 * 2**i for i in range(8)]
     return [
@@ -143,6 +186,8 @@ def cases(grid: str, cuda: bool) -> list[Case]:
         *(dense_case(Shape(n), grad=True) for n in lengths[:-1]),
         sparse_case(Shape(32768), "tiles", 0.1, grad=True, with_flex=True),
         sparse_case(Shape(32768), "pooled top-k", 0.1),
+        *(low_bit_case(Shape(n), pv) for n in (8192, 32768) for pv in ("same", "fp8")),
+        low_bit_case(Shape(32768), density=0.1),
         *(sparse_case(Shape(n), pattern, 0.1) for pattern in ("pages of 16", "single tokens") for n in (8192, 32768)),
         *(sparse_case(Shape(n), "tiles", 0.1) for n in (8192, 16384, 65536, 131072)),
         *(dense_case(Shape(8192, dim=d), grad=g) for d in (64, 256) for g in (False, True)),
@@ -164,6 +209,7 @@ def _cpu(grid: str) -> list[Case]:
             sparse_case(tiny[-1], "pages of 16", 0.1, size=4),
             sparse_case(tiny[-1], "single tokens", 0.1, size=4),
             sparse_case(tiny[-1], "pooled top-k", 0.3, size=4),
+            low_bit_case(tiny[0], size=4),
         ]
     larger = [Shape(n, heads=8, kv_heads=8, dim=64) for n in (1024, 2048, 4096, 8192)]
     return [

@@ -8,7 +8,6 @@ import os
 import torch
 from torch import Tensor
 
-
 # looked up once, here: torch.compile of torch 2.11 does not trace find_spec
 _FOUND = importlib.util.find_spec("triton") is not None
 

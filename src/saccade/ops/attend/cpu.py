@@ -8,12 +8,13 @@ temporaries are bounded by CHUNK. Plain torch, made for CPUs, runs on any device
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from saccade.core import Partial, Selection
+from saccade.ops.attend.features import Bounds, by_query_head, counted_only, row_bounds
 from saccade.ops.attend.gather import KeyRows
 from saccade.ops.attend.problem import Problem
 from saccade.ops.attend.tile import attend_tile
@@ -23,7 +24,9 @@ SLACK = 1.15  # how much longer than the shortest the longest list of a batched 
 
 
 def attend(problem: Problem) -> Partial:
-    """Attention over `problem.selection`."""
+    """Attention over `problem.selection`; sinks are the caller's."""
+    if problem.ragged:
+        problem = replace(problem, k=counted_only(problem, problem.k), v=counted_only(problem, problem.v))
     work = _Work.of(problem)
     lists = work.lists
     lengths = (lists.start_counts * lists.block_k + lists.token_counts).flatten().cpu()
@@ -57,6 +60,7 @@ class _Work:
     keys: KeyRows
     out: Tensor
     lse: Tensor | None
+    bounds: Bounds | None
 
     @classmethod
     def of(cls, problem: Problem) -> _Work:
@@ -70,11 +74,11 @@ class _Work:
         tiles = padded.unflatten(1, (lists.heads, group)).unflatten(3, (s.tiles, s.block_q))
         tiles = tiles.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B*H*Tq, group*block_q, D)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, problem.k, problem.v))
         lse = torch.full(tiles.shape[:2], -torch.inf, dtype=exact, device=q.device) if problem.return_lse else None
         return cls(
             problem=problem, lists=lists, group=group, q=tiles, out=q.new_zeros(*tiles.shape[:2], problem.v.shape[-1]), lse=lse,
-            keys=KeyRows(problem.k, problem.v, heads=lists.heads, group=1 if shared else layout.group, reuse=not differentiable),
+            keys=KeyRows(problem.k, problem.v, heads=lists.heads, group=1 if shared else layout.group, reuse=not problem.wants_grad),
+            bounds=row_bounds(problem),
         )  # fmt: skip
 
     @property
@@ -87,25 +91,78 @@ class _Work:
         pairs = torch.div(triples, s.tiles, rounding_mode="floor")  # (batch, head)
         ids, n_tokens = _key_ids(s, triples)
         first = (triples % s.tiles) * s.block_q + s.offset
-        mask = _mask(ids, first, s, problem.q.dtype, exact)
+        seen = self.seen(triples, ids) if problem.masked else None
+        if seen is None:
+            mask = _mask(ids, first, s, problem.q.dtype, exact)
+            if mask is not None and mask.shape[1] > 1:
+                mask = mask.repeat(1, self.group, 1)
+        else:
+            mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
         k, v = self.keys.gather(ids, pairs)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.repeat(1, self.group, 1)
-        bias = _bias(problem, s, triples, ids, n_tokens, self.group)
+        bias = self.bias(triples, ids, n_tokens)
+        empty = self.empty_rows(ids, first) if seen is None else ~seen.any(-1, keepdim=True)
+        # a fused kernel leaves rows without a visible key undefined, their gradients too
+        exactly = problem.return_lse or (empty is not None and problem.wants_grad)
         part = attend_tile(
             self.q[triples].unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), None if mask is None else mask.unsqueeze(1),
             scale=problem.scale, softcap=problem.softcap, bias=None if bias is None else bias.unsqueeze(1),
-            return_lse=problem.return_lse,
+            return_lse=exactly,
         )  # fmt: skip
         out = part.out.squeeze(1)
-        if bool(_empty_rows_possible(ids, first, s)):
-            # a fused kernel leaves rows without a visible key undefined
-            rows = first[:, None] + torch.arange(s.block_q, device=ids.device).repeat(self.group)
-            smallest = ids.amin(-1, keepdim=True)
-            out = out.masked_fill((smallest > rows if s.causal else smallest >= s.n_k).unsqueeze(-1), 0.0)
+        if empty is not None:
+            out = out.masked_fill(empty, 0.0)
         self.out[triples] = out
         if self.lse is not None and part.lse is not None:
             self.lse[triples] = part.lse.squeeze(1)
+
+    def empty_rows(self, ids: Tensor, first: Tensor) -> Tensor | None:
+        """Rows that see none of the gathered keys, bool `(P, rows, 1)`; None where there are none."""
+        s = self.lists
+        smallest = ids.amin(-1, keepdim=True)
+        if not bool((smallest > first[:, None]).any() if s.causal else (smallest >= s.n_k).any()):
+            return None
+        rows = first[:, None] + torch.arange(s.block_q, device=ids.device).repeat(self.group)
+        return (smallest > rows if s.causal else smallest >= s.n_k).unsqueeze(-1)
+
+    def seen(self, triples: Tensor, ids: Tensor) -> Tensor:
+        """Which of the gathered keys `(P, n)` each row sees by bounds and positions: bool `(P, rows, n)`."""
+        s, problem = self.lists, self.problem
+        seen = (ids < s.n_k)[:, None, None]  # (P, group or 1, block_q or 1, n)
+        if self.bounds is not None:
+            lo, hi = (self.of_tiles(x[:, None, :, None].expand(-1, s.heads * self.group, -1, -1), triples) for x in self.bounds)
+            seen = seen & (ids[:, None, None] >= lo) & (ids[:, None, None] < hi)
+        if problem.q_positions is not None and problem.k_positions is not None:
+            rows, keys = (by_query_head(x, s.heads * self.group).unsqueeze(-1) for x in (problem.q_positions, problem.k_positions))
+            seen = seen & (self.of_keys(keys, triples, ids).mT <= self.of_tiles(rows, triples))
+        return seen.expand(-1, self.group, s.block_q, -1).flatten(1, 2)
+
+    def of_tiles(self, x: Tensor, triples: Tensor) -> Tensor:
+        """x `(B or 1, Hq, Nq, C)` for the rows of these query tiles: `(P, group, block_q, C)`, 0 past the last row."""
+        s = self.lists
+        pairs, tile = torch.div(triples, s.tiles, rounding_mode="floor"), triples % s.tiles
+        x = x.unflatten(1, (s.heads, self.group)).expand(s.batch, -1, -1, -1, -1)
+        rows = tile[:, None] * s.block_q + torch.arange(s.block_q, device=x.device)
+        batch, head = torch.div(pairs, s.heads, rounding_mode="floor"), pairs % s.heads
+        picked = x[batch[:, None], head[:, None], :, rows.clamp(max=s.n_q - 1)].transpose(1, 2)
+        return picked.masked_fill((rows >= s.n_q)[:, None, :, None], 0)
+
+    def of_keys(self, x: Tensor, triples: Tensor, ids: Tensor) -> Tensor:
+        """x `(B or 1, Hq, Nk, C)` for the gathered keys `(P, n)`: `(P, group, n, C)`."""
+        s = self.lists
+        pairs = torch.div(triples, s.tiles, rounding_mode="floor")
+        x = x.unflatten(1, (s.heads, self.group)).expand(s.batch, -1, -1, -1, -1)
+        batch, head = torch.div(pairs, s.heads, rounding_mode="floor"), pairs % s.heads
+        return x[batch[:, None], head[:, None], :, ids.clamp(max=s.n_k - 1)].transpose(1, 2)
+
+    def bias(self, triples: Tensor, ids: Tensor, n_tokens: int) -> Tensor | None:
+        """All additive terms `(P, rows or 1, n)` for the gathered keys."""
+        total = _bias(self.problem, self.lists, triples, ids, n_tokens, self.group)
+        if self.problem.low_rank is None:
+            return total
+        exact = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        a, b = (x.to(exact).expand(-1, self.lists.heads * self.group, -1, -1) for x in self.problem.low_rank)
+        product = (self.of_tiles(a, triples) @ self.of_keys(b, triples, ids).mT).flatten(1, 2)
+        return product if total is None else product + total.to(exact)
 
     def result(self) -> Partial:
         s = self.lists
@@ -151,11 +208,6 @@ def _mask(ids: Tensor, first: Tensor, s: Selection, dtype: torch.dtype, exact: b
     mask = torch.zeros(*visible.shape[:2], ids.shape[-1], dtype=dtype, device=ids.device)
     mask[..., columns] = torch.zeros((), dtype=dtype, device=ids.device).masked_fill(~visible, -torch.inf)
     return mask
-
-
-def _empty_rows_possible(ids: Tensor, first: Tensor, s: Selection) -> Tensor:
-    smallest = ids.amin(-1)
-    return (smallest > first).any() if s.causal else (smallest >= s.n_k).any()
 
 
 def _bias(problem: Problem, s: Selection, triples: Tensor, ids: Tensor, n_tokens: int, group: int) -> Tensor | None:

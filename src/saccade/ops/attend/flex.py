@@ -21,6 +21,8 @@ def require(problem: Problem) -> None:
         raise ValueError("impl='flex' compiles C++ on a CPU and found no compiler: install g++, or use impl='cpu'")
     if problem.bias is not None:
         raise ValueError("impl='flex' takes no additive bias here: use impl='cpu' or 'reference'")
+    if problem.masked or problem.sinks is not None or problem.low_rank is not None:
+        raise ValueError("impl='flex' takes no positions, lengths, sequences, sinks or low-rank bias here: use impl='auto' or 'reference'")
     if problem.selection is not None and problem.selection.log_weight is not None:
         raise ValueError("impl='flex' can't express log weights: use impl='cpu' or 'reference'")
     dims = (problem.q.shape[-1], problem.v.shape[-1])

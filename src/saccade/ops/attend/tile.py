@@ -27,7 +27,8 @@ def attend_tile(
     if bias is not None:
         logits = logits + bias.to(exact)
     if mask is not None:
-        logits = logits + mask.to(exact)
+        # filled, not added: the gradient of a row that sees nothing is then 0 and not nan
+        logits = logits.masked_fill(mask == -torch.inf, -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
     return Partial((weights @ v.to(exact)).to(q.dtype), lse)

@@ -19,6 +19,7 @@ from saccade.core import HeadLayout, Partial, Selection, check_attention_inputs
 from saccade.ops.attend.problem import Problem
 from saccade.ops.decode import cpu, reference
 from saccade.ops.decode.check import check_lengths, check_paged, check_ragged, check_selection
+from saccade.ops.decode.low_rank import decode_low_rank
 from saccade.ops.decode.packed import Packed
 from saccade.ops.decode.quantised import decode_quantised
 from saccade.ops.decode.ragged import by_head, by_row
@@ -28,7 +29,7 @@ from saccade.ops.record import LastRun, note
 Impl = Literal["auto", "reference", "cpu", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 
-__all__ = ["IMPLEMENTATIONS", "Packed", "decode", "decode_quantised"]
+__all__ = ["IMPLEMENTATIONS", "Packed", "decode", "decode_low_rank", "decode_quantised"]
 
 
 def decode(

@@ -8,6 +8,7 @@ A program stays on its multiprocessor and works through tiles of 128 queries, wi
 While one consumer is at its exponentials the other has the tensor cores. A ring slot has a barrier that says "full" (the copy has landed)
 and one that says "empty" (both consumers have read it). Keys come last tile first: those that the diagonal or the end of the keys cuts
 come first, one at a time. Long query tiles go first, over as many heads as have their keys and values in the L2 cache together.
+Queries and keys may be codes of 8 bits, with a step for 32 queries and one for the keys of a step (`attend_low_bit`).
 Everything else (caps, biases, single keys, other tiles and devices) is the portable kernel's.
 """
 
@@ -15,6 +16,8 @@ Everything else (caps, biases, single keys, other tiles and devices) is the port
 # pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false, reportAssignmentType=false
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,10 +123,16 @@ def blank_tail(v, begin, n_k, BN: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, m, total, scale, begin, position, keys, n_k, MASK: gl.constexpr, CAUSAL: gl.constexpr):
+def weigh(
+    s, m, total, scale, step_at, begin, position, keys, n_k, BN: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
+    CODES: gl.constexpr,
+):  # fmt: skip
     """The online softmax of one tile of raw products: weights, what the older sums shrink to, and the new maximum and sum."""
+    if CODES:
+        scale = scale * gl.load(step_at + begin // BN)
+        s = s.to(gl.float32)
     if MASK:
-        s = s * scale
+        s = s * scale[:, None] if CODES else s * scale
         limit = gl.minimum(position, n_k - 1) if CAUSAL else gl.minimum(position * 0 + n_k, n_k - 1)
         s = gl.where((begin + keys)[None, :] <= limit[:, None], s, float("-inf"))
         top = gl.maximum(m, gl.max(s, 1))
@@ -133,31 +142,33 @@ def weigh(s, m, total, scale, begin, position, keys, n_k, MASK: gl.constexpr, CA
     else:
         top = gl.maximum(m, gl.max(s, 1) * scale)
         shift = top
-        p = gl.exp2(s * scale - shift[:, None])
+        p = gl.exp2((s * scale[:, None] if CODES else s * scale) - shift[:, None])
     forget = gl.exp2(m - shift)
     return p, forget, top, total * forget + gl.sum(p, 1)
 
 
 @gluon.jit
 def consume(
-    WHICH: gl.constexpr, out, scale, sizes, lists, work, smem, bars,
+    WHICH: gl.constexpr, out, scale, steps, sizes, lists, work, smem, bars,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
-    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr,
+    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr, CODES: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     out_ptr, lse_ptr = out
-    n_q, n_k, heads = sizes[0], sizes[1], sizes[2]
-    dtype: gl.constexpr = q_smem.dtype
+    n_q, n_k, heads, group = sizes[0], sizes[1], sizes[2], sizes[3]
+    dtype: gl.constexpr = v_smem.dtype
+    product: gl.constexpr = gl.int32 if q_smem.dtype == gl.int8 else gl.float32
+    depth: gl.constexpr = 32 if CODES else 16
     ROWS: gl.constexpr = BM // 2
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, depth])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     keys = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-    zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
+    zero = gl.zeros([ROWS, BN], product, s_layout)
     q = q_smem.index(WHICH)
     step = 0
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
@@ -172,6 +183,14 @@ def consume(
             cut += 1
             at = tile_begin(starts, cut, count, BN, INNER, LISTED)
         position = first + gl.arange(0, ROWS, layout=rows_s)
+        factor = scale
+        step_at = lse_ptr
+        if CODES:
+            q_steps, k_steps, q_count, k_count, query_rows = steps
+            row = tile * BM + WHICH * ROWS + gl.arange(0, ROWS, layout=rows_s)
+            q_at = q_steps + (batch * heads + head).to(gl.int64) * q_count
+            factor = gl.load(q_at + row // query_rows, mask=row < n_q, other=0.0)
+            step_at = k_steps + (batch * (heads // group) + head // group).to(gl.int64) * k_count
         m = gl.full([ROWS], float("-inf"), gl.float32, rows_s)
         total = gl.zeros([ROWS], gl.float32, rows_s)
         o = gl.zeros([ROWS, D], gl.float32, o_layout)
@@ -184,7 +203,7 @@ def consume(
             s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot), count=1)
-            weights, forget, m, total = weigh(s, m, total, scale, begin, position, keys, n_k, True, CAUSAL)
+            weights, forget, m, total = weigh(s, m, total, factor, step_at, begin, position, keys, n_k, BN, True, CAUSAL, CODES)
             o = o * gl.convert_layout(forget, rows_o)[:, None]
             mbarrier.wait(v_full.index(slot), phase)
             if TAIL:
@@ -200,11 +219,12 @@ def consume(
             s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(slot), count=1)
-            weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
+            begin = tile_begin(starts, cut, count, BN, INNER, LISTED) if CODES else 0
+            weights, forget, m, total = weigh(s, m, total, factor, step_at, begin, position, keys, n_k, BN, False, CAUSAL, CODES)
             o = o * gl.convert_layout(forget, rows_o)[:, None]
             p = gl.convert_layout(weights.to(dtype), p_layout)
             step += 1
-            for _j in range(cut + 1, count):
+            for j in range(cut + 1, count):
                 slot = step % STAGES
                 before = (step - 1) % STAGES
                 mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
@@ -213,7 +233,8 @@ def consume(
                 o_next = warpgroup_mma(p, v_smem.index(before), o, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s_next])
                 mbarrier.arrive(k_empty.index(slot), count=1)
-                weights, forget, m, total = weigh(s, m, total, scale, 0, position, keys, n_k, False, CAUSAL)
+                begin = tile_begin(starts, j, count, BN, INNER, LISTED) if CODES else 0
+                weights, forget, m, total = weigh(s, m, total, factor, step_at, begin, position, keys, n_k, BN, False, CAUSAL, CODES)
                 o = warpgroup_mma_wait(0, deps=[o_next])
                 mbarrier.arrive(v_empty.index(before), count=1)
                 o = o * gl.convert_layout(forget, rows_o)[:, None]
@@ -239,15 +260,17 @@ def consume(
 
 @gluon.jit
 def hopper_kernel(
-    desc_q, desc_k, desc_v, out_ptr, lse_ptr, starts_ptr, counts_ptr, scale, n_q, n_k,
+    desc_q, desc_k, desc_v, out_ptr, lse_ptr, starts_ptr, counts_ptr, q_steps, k_steps, scale, n_q, n_k,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_sb, stride_sh, stride_st, stride_cb, stride_ch, heads, group, list_group, tiles, together, work,
+    q_count, k_count, query_rows,
     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr,
-    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr, MORE: gl.constexpr, FEW: gl.constexpr, num_warps: gl.constexpr,
+    LISTED: gl.constexpr, TAIL: gl.constexpr, HAS_LSE: gl.constexpr, CODES: gl.constexpr,
+    MORE: gl.constexpr, FEW: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(desc_q.dtype, [2, BM // 2, D], desc_q.layout)
     k_smem = gl.allocate_shared_memory(desc_q.dtype, [STAGES, BN, D], desc_k.layout)
-    v_smem = gl.allocate_shared_memory(desc_q.dtype, [STAGES, BN, D], desc_v.layout)
+    v_smem = gl.allocate_shared_memory(desc_v.dtype, [STAGES, BN, D], desc_v.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -264,6 +287,7 @@ def hopper_kernel(
         mbarrier.init(v_empty.index(slot), count=2)
     fence_async_shared()
     out = (out_ptr, lse_ptr)
+    steps = (q_steps, k_steps, q_count, k_count, query_rows)
     descs = (desc_q, desc_k, desc_v)
     sizes = (n_q, n_k, heads, group, list_group, tiles, together)
     lists = (starts_ptr, counts_ptr, stride_sb, stride_sh, stride_st, stride_cb, stride_ch)
@@ -272,8 +296,12 @@ def hopper_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
-            (consume, (0, out, scale, sizes, lists, work, smem, bars, BM, BN, D, STAGES, INNER, CAUSAL, LISTED, TAIL, HAS_LSE)),
-            (consume, (1, out, scale, sizes, lists, work, smem, bars, BM, BN, D, STAGES, INNER, CAUSAL, LISTED, TAIL, HAS_LSE)),
+            (consume, (
+                0, out, scale, steps, sizes, lists, work, smem, bars, BM, BN, D, STAGES, INNER, CAUSAL, LISTED, TAIL, HAS_LSE, CODES,
+            )),
+            (consume, (
+                1, out, scale, steps, sizes, lists, work, smem, bars, BM, BN, D, STAGES, INNER, CAUSAL, LISTED, TAIL, HAS_LSE, CODES,
+            )),
             (produce, (descs, strides, sizes, lists, work, smem, bars, BM, BN, STAGES, INNER, CAUSAL, LISTED)),
         ],
         [4, 1],
@@ -292,30 +320,62 @@ def takes(q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, scale: float) ->
     return all(rows_layout(x, x.shape[-1]) is not None for x in (q, k, v))
 
 
+class Codes(NamedTuple):
+    """8-bit queries and keys `(B, H, padded N, D)` contiguous, their steps float32 `(B, H, count)`, keys' for `keys` tokens each.
+
+    The factor on the logits, in powers of two, is part of the queries' steps.
+    """
+
+    q: Tensor
+    k: Tensor
+    q_steps: Tensor
+    k_steps: Tensor
+    query_rows: int
+    keys: int
+
+
+def takes_codes(v: Tensor, lists: Lists | None, keys: int, dim: int) -> bool:
+    """Whether `forward` runs codes of `dim` columns with these values: steps of 128 or 64 keys that are whole tiles."""
+    if keys not in (ring[0] for ring in RINGS) or dim != v.shape[-1] or rows_layout(v, dim) is None:
+        return False
+    if lists is not None and not (lists.aligned and lists.block_k % keys == 0):
+        return False
+    return takes(v, v, v, lists, 1.0)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, strides: tuple[int, ...], *, causal: bool, scale: float, out: Tensor, lse: Tensor,
+    codes: Codes | None = None,
 ) -> None:  # fmt: skip
-    """Fills out `(B, Hq, Nq, D)` and, unless it is empty, lse `(B, Hq, Nq)`. strides: `list_strides` of the lists."""
+    """Fills out `(B, Hq, Nq, D)` and, unless it is empty, lse `(B, Hq, Nq)`. strides: `list_strides` of the lists.
+
+    With codes q and k give the shapes alone, and `scale` is not used.
+    """
     batch, heads, n_q, dim = q.shape
-    element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    elements = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
 
     def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
         layout = rows_layout(x, dim)
         assert layout is not None
-        return TensorDescriptor(x, *layout, [rows, dim], gl.NVMMASharedLayout.get_default_for([rows, dim], element))
+        return TensorDescriptor(x, *layout, [rows, dim], gl.NVMMASharedLayout.get_default_for([rows, dim], elements[x.dtype]))
 
     list_heads = 1 if lists is None else max(lists.starts.shape[1], lists.tokens.shape[1])
-    keys, stages = next(ring for ring in RINGS if lists is None or lists.block_k % ring[0] == 0)
+    fits = RINGS if lists is None else [ring for ring in RINGS if lists.block_k % ring[0] == 0]
+    keys, stages = next(ring for ring in fits if codes is None or ring[0] == codes.keys)
     n_k, tiles = k.shape[2], ceil_div(n_q, BLOCK_M)
     work, group = tiles * batch * heads, heads // k.shape[1]
-    together = group * _cached(batch * k.shape[1], 2 * n_k * dim * k.element_size())
+    read_q, read_k = (q, k) if codes is None else (codes.q, codes.k)
+    together = group * _cached(batch * k.shape[1], n_k * dim * (read_k.element_size() + v.element_size()))
     hopper_kernel[(min(multiprocessors(q), work),)](
-        descriptor(q, BLOCK_M // 2), descriptor(k, keys), descriptor(v, keys), out, lse,
-        q if lists is None else lists.starts, q if lists is None else lists.start_counts, scale * LOG2E, n_q, n_k,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides[:5], heads, group, heads // list_heads, tiles, together, work,
+        descriptor(read_q, BLOCK_M // 2), descriptor(read_k, keys), descriptor(v, keys), out, lse,
+        q if lists is None else lists.starts, q if lists is None else lists.start_counts,
+        lse if codes is None else codes.q_steps, lse if codes is None else codes.k_steps, scale * LOG2E, n_q, n_k,
+        *read_q.stride()[:3], *read_k.stride()[:3], *v.stride()[:3], *strides[:5], heads, group, heads // list_heads, tiles, together, work,
+        0 if codes is None else codes.q_steps.shape[-1], 0 if codes is None else codes.k_steps.shape[-1],
+        0 if codes is None else codes.query_rows,
         BM=BLOCK_M, BN=keys, D=dim, STAGES=stages, INNER=1 if lists is None else lists.block_k // keys, CAUSAL=causal,
         LISTED=lists is not None, TAIL=n_k % keys != 0 or (lists is not None and not lists.aligned), HAS_LSE=lse.numel() > 0,
-        MORE=CONSUMER_REGISTERS, FEW=PRODUCER_REGISTERS, num_warps=WARPS,
+        CODES=codes is not None, MORE=CONSUMER_REGISTERS, FEW=PRODUCER_REGISTERS, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.core import Selection
+from saccade.ops.attend.triton.extras import NONE, Extras, kernel_arguments, rank_sizes
 from saccade.ops.attend.triton.forward import forward_kernel
 from saccade.ops.gpu import ceil_div, next_power_of_two
 
@@ -112,26 +113,29 @@ def rows_descriptor(x: Tensor, keys: int, width: int) -> TensorDescriptor | None
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, bias: Tensor | None, *, causal: bool, scale: float, softcap: float,
-    need_lse: bool, config: Config | None = None,
+    need_lse: bool, extras: Extras = NONE, config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out `(B, Hq, Nq, Dv)` and lse `(B, Hq, Nq)` float32 (empty unless need_lse). softcap 0: none."""
+    """out `(B, Hq, Nq, Dv)` and lse `(B, Hq, Nq)` float32 (empty unless need_lse). softcap 0: none. causal: by the order of rows."""
     batch, heads, n_q, dim = q.shape
     kv_heads, n_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
     group = heads // kv_heads
     out = torch.empty(batch, heads, n_q, dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, n_q) if need_lse else (0,), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or n_k == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        lse = lse.fill_(-torch.inf)
+        return out.zero_(), lse if extras.sinks is None or not need_lse else lse.copy_(extras.sinks[:, None].expand(lse.shape))
     q, k, v = (unit_stride(x) for x in (q, k, v))
     if scale < 0:
         q, scale = -q, -scale
-    if config is None and softcap == 0 and bias is None and _hopper_takes(q, k, v, lists, scale):
+    if config is None and softcap == 0 and bias is None and not extras.any and _hopper_takes(q, k, v, lists, scale):
         from saccade.ops.attend.triton import hopper
 
         strides = (0,) * 5 if lists is None else list_strides(lists)
         hopper.forward(q, k, v, lists, strides, causal=causal, scale=scale, out=out, lse=lse)
         return out, lse
     config = config or forward_config(max(dim, dim_v), q.dtype, lists is not None and lists.starts.shape[-1] == 0)
+    if extras.a is not None and config.warps == 4 and config.rows > 64:
+        config = config._replace(warps=8)  # two more operands of a step need registers
     if lists is None:
         block_q, block_k, pack = config.rows, config.keys, 1
         none = q.new_empty(1, 1, 1, 0, dtype=torch.int32)
@@ -139,7 +143,8 @@ def forward(
     else:
         block_q, block_k, listed = lists.block_q, lists.block_k, True
         list_heads = max(lists.starts.shape[1], lists.tokens.shape[1])
-        pack = packed_heads(group if kv_heads % list_heads == 0 else 1, block_q, config.rows)
+        together = kv_heads % list_heads == 0 and not extras.per_query_head(kv_heads)
+        pack = packed_heads(group if together else 1, block_q, config.rows)
     rows = min(block_q, config.rows)
     block_m = max(16, next_power_of_two(rows * pack))
     small = listed and block_k % config.keys != 0
@@ -157,15 +162,15 @@ def forward(
     forward_kernel[grid](
         q, k, v, q if desc_q is None else desc_q, desc_k if tma else k, desc_v if tma else v, out, lse, q if bias is None else bias,
         lists.starts, lists.start_counts, lists.tokens, lists.token_counts, q if lists.log_weight is None else lists.log_weight,
-        scale if softcap else scale * LOG2E, float(softcap), n_q, n_k,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides,
+        scale if softcap or extras.a is not None else scale * LOG2E, float(softcap), n_q, n_k,
+        *kernel_arguments(extras, heads), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides,
         *list_strides(lists), heads, group, heads // list_heads, tiles,
         block_q=block_q, block_k=block_k, ROWS=rows, EDGE=edge,
         D=dim, DV=dim_v, BM=block_m, BN=config.keys, BT=config.gathered, BD=padded, BDV=padded_v,
         PACK=pack, CAUSAL=causal, LISTED=listed, SMALL=small, TOKENS=lists.tokens.shape[-1] > 0, WEIGHT=lists.log_weight is not None,
         HAS_CAP=softcap != 0, HAS_BIAS=bias is not None, HAS_LSE=need_lse, TMA=tma, TMA_Q=desc_q is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=config.stages,
-        EVEN=n_k % block_k == 0 and (lists.aligned or not listed),
+        EVEN=n_k % block_k == 0 and (lists.aligned or not listed), **rank_sizes(extras, q),
         num_warps=config.warps if block_m >= 64 else 4, num_stages=config.stages,
     )  # fmt: skip
     return out, lse

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.ops.attend.triton.backward_k import backward_k_kernel
 from saccade.ops.attend.triton.backward_q import backward_q_kernel, delta_kernel
+from saccade.ops.attend.triton.extras import NONE, Extras, kernel_arguments, rank_sizes
 from saccade.ops.attend.triton.launch import Lists, list_strides, rows_descriptor, unit_stride
 from saccade.ops.gpu import ceil_div, next_power_of_two
 
@@ -62,16 +63,44 @@ def readers(lists: Lists, n_q: int, n_k: int, causal: bool) -> tuple[Tensor, Ten
     return ids[..., :query_tiles].contiguous(), mask.sum(-1, dtype=torch.int32)
 
 
+def seers(extras: Extras, n_k: int, keys: int) -> Tensor | None:
+    """For each tile of `keys` keys, `(B or 1, Tk, 4)` int32: query rows first ... last - 1 see a key of it, and from the second to the
+    third number those that see every key of it."""
+    if extras.lo is None or extras.hi is None:
+        return None
+    begin = torch.arange(0, n_k, keys, device=extras.lo.device, dtype=torch.int32).expand(len(extras.lo), -1).contiguous()
+    last = (begin + keys).clamp(max=n_k) - 1
+    # bounds never fall from row to row, so what sees a key is one run of rows
+    edges = ((extras.hi, begin), (extras.hi, last), (extras.lo, begin), (extras.lo, last))
+    return torch.stack([torch.searchsorted(bound, key, right=True, out_int32=True) for bound, key in edges], -1)
+
+
+class Gradients(NamedTuple):
+    """Of q, k, v in their dtypes; of sinks, a and b in float32, `(B, Hq, N, R)` for a and b however they are shared; else empty."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor
+    a: Tensor
+    b: Tensor
+
+
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, lists: Lists | None, *,
-    causal: bool, scale: float, softcap: float, config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v in their dtypes; d_lse None: nothing depends on the log-sum-exp."""
+    causal: bool, scale: float, softcap: float, extras: Extras = NONE, rank_grad: bool = False, config: Config | None = None,
+) -> Gradients:  # fmt: skip
+    """d_lse None: nothing depends on the log-sum-exp. rank_grad: whether a and b want gradients."""
     batch, heads, n_q, dim = q.shape
     kv_heads, n_k, dim_v = k.shape[1], k.shape[2], v.shape[3]
+    rank = extras.a.shape[3] if extras.a is not None and rank_grad else 0
+    da, db = (torch.zeros((batch, heads, n, rank) if rank else (0,), dtype=torch.float32, device=q.device) for n in (n_q, n_k))
     if q.numel() == 0 or n_k == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_sinks = _sink_gradient(extras.sinks, lse, torch.zeros_like(lse) if d_lse is None else -d_lse)
+        return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_sinks, da, db)
     config = config or backward_config(max(dim, dim_v), q.dtype, lists is not None)
+    if extras.a is not None:  # the bias needs registers and shared memory of its own
+        config = config._replace(k_warps=8, q_stages=min(config.q_stages, 2))
     q, k, v = (unit_stride(x) for x in (q, k, v))
     d_out = d_out.contiguous()
     out = out.contiguous()
@@ -114,6 +143,8 @@ def backward(
         ]
 
     list_heads = max(lists.starts.shape[1], lists.tokens.shape[1])
+    bounds, positions, _, low_rank = kernel_arguments(extras, heads)
+    sizes = {**rank_sizes(extras, q), "RANK_GRAD": rank > 0}
     grid = (ceil_div(n_q, lists.block_q) * ceil_div(lists.block_q, rows), batch * heads)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shape = {"D": dim, "DV": dim_v, "BD": padded, "BDV": padded_v, "CAUSAL": causal, "HAS_CAP": softcap != 0, "PRECISION": precision}
@@ -121,23 +152,32 @@ def backward(
     tma = ours[1] is not None and ours[2] is not None
     tma_q = not gathers and block_m == rows and ours[0] is not None and ours[3] is not None
     backward_q_kernel[grid](
-        q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dq, dk, dv,
+        q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dq, dk, dv, da, db,
         lists.starts, lists.start_counts, lists.tokens, lists.token_counts, q if lists.log_weight is None else lists.log_weight,
-        scale, float(softcap), n_q, n_k, *strides, *list_strides(lists), heads, heads // kv_heads, heads // list_heads,
-        ceil_div(n_q, lists.block_q), block_q=lists.block_q, block_k=lists.block_k, ROWS=rows,
+        scale, float(softcap), n_q, n_k, bounds, positions, low_rank, *strides, *list_strides(lists), heads, heads // kv_heads,
+        heads // list_heads, ceil_div(n_q, lists.block_q), block_q=lists.block_q, block_k=lists.block_k, ROWS=rows,
         BM=block_m, BN=keys if tiled else 16, BT=config.gathered, LISTED=listed, SMALL=small, TOKENS=tokens,
-        WEIGHT=lists.log_weight is not None, TMA=tma, TMA_Q=tma_q, STAGES=config.q_stages, EVEN=n_k % keys == 0, **shape,
+        WEIGHT=lists.log_weight is not None, TMA=tma, TMA_Q=tma_q, STAGES=config.q_stages, EVEN=n_k % keys == 0, **shape, **sizes,
         num_warps=config.q_warps if block_m >= 64 else 4, num_stages=config.q_stages,
     )  # fmt: skip
     if tiled:
-        ids, counts = readers(lists, n_q, n_k, causal) if listed else (none, none)
+        ids, counts = readers(lists, n_q, n_k, causal and not extras.masks) if listed else (none, none)
         ours = descriptors(k_rows, k_keys)
         tma = all(x is not None for x in ours)
         backward_k_kernel[(ceil_div(n_k, k_keys), batch * kv_heads)](
-            q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dk, dv, ids, counts,
-            scale, float(softcap), n_q, n_k, ids.shape[-1], *strides, heads, heads // kv_heads, ids.shape[1], ids.shape[0],
+            q, k, v, *(x if x is not None else q for x in ours), d_out, lse, delta, dk, dv, db, ids, counts,
+            scale, float(softcap), n_q, n_k, ids.shape[-1], bounds, seers(extras, n_k, k_keys), positions, low_rank, *strides,
+            heads, heads // kv_heads, ids.shape[1], ids.shape[0],
             block_q=lists.block_q, block_k=lists.block_k if listed else k_keys, BM=k_rows, BN=k_keys, LISTED=listed, ADD=gathers, TMA=tma,
-            STAGES=config.k_stages, EVEN=n_q % (lists.block_q if listed else k_rows) == 0, **shape,
+            STAGES=config.k_stages, EVEN=n_q % (lists.block_q if listed else k_rows) == 0, **shape, **sizes,
             num_warps=config.k_warps if k_keys >= 64 else 4, num_stages=config.k_stages,
         )  # fmt: skip
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return Gradients(dq, dk.to(k.dtype), dv.to(v.dtype), _sink_gradient(extras.sinks, lse, delta), da, db)
+
+
+def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
+    """A sink is a key with value 0: d_sink = -sum p_sink * delta, `(Hq,)`."""
+    if sinks is None:
+        return lse.new_empty(0)
+    share = (sinks[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+    return -(share * delta).sum((0, 2))

@@ -1,8 +1,9 @@
 """scan in Triton: the custom ops, what they refuse, and their gradients.
 
-Forms without delta rule and without gates per channel have a backward pass in Triton. The others run forward in Triton and take their
-gradients from the chunked form in plain torch, on the same device, computed anew: they are called "triton+chunked" where a gradient
-is asked for.
+Forms without delta rule and without gates per channel take their gradients from three more walks (`backward`), the others from two walks
+that keep states and from chunks on their own (`adjoint`). On a GPU, forms with gates per channel take theirs from the chunked form in
+plain torch, computed anew, and are called "triton+chunked" where a gradient is asked for: on an H200 the last kernel of their backward
+pass (`levels`, right in the interpreter) wrote wrong numbers and left its memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from saccade.ops.scan import chunked
 from saccade.ops.scan.problem import Problem
+from saccade.ops.scan.triton.adjoint import backward as _adjoint
 from saccade.ops.scan.triton.backward import backward as _backward
 from saccade.ops.scan.triton.launch import forward as _forward
 
@@ -39,11 +41,11 @@ def scan(problem: Problem) -> tuple[str, tuple[Tensor, Tensor]]:
     tensors = (p.q, p.k, p.v, p.log_decay, p.beta, p.state)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     result = scan_triton(*tensors, p.cu_seqlens, p.scale, p.wide_out)
-    return ("triton" if not trains or _has_backward(p.log_decay, p.beta) else "triton+chunked"), result
+    return ("triton+chunked" if trains and not _has_backward(p.log_decay) else "triton"), result
 
 
-def _has_backward(log_decay: Tensor | None, beta: Tensor | None) -> bool:
-    return beta is None and (log_decay is None or log_decay.ndim != 4)
+def _has_backward(log_decay: Tensor | None) -> bool:
+    return log_decay is None or log_decay.ndim != 4 or not log_decay.is_cuda
 
 
 @torch.library.custom_op("saccade::scan_triton", mutates_args=())
@@ -69,45 +71,49 @@ def _(
 
 @torch.library.custom_op("saccade::scan_triton_backward", mutates_args=())
 def scan_triton_backward(
-    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dlog_decay, dstate at the start); dlog_decay is empty unless gate_grad."""
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
+    state: Tensor | None, cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dlog_decay, dbeta, dstate at the start); dlog_decay is empty unless gate_grad, dbeta without beta."""
     state = None if state is None else state.float()
-    dq, dk, dv, dg, first = _backward(dout, dstate, q, k, v, log_decay, state, cu_seqlens, scale, gate_grad)
-    return dq, dk, dv, q.new_empty(0) if dg is None else dg, first
+    dbeta = None
+    if beta is None and (log_decay is None or log_decay.ndim != 4):
+        dq, dk, dv, dg, first = _backward(dout, dstate, q, k, v, log_decay, state, cu_seqlens, scale, gate_grad)
+    else:
+        dq, dk, dv, dg, dbeta, first = _adjoint(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, scale, gate_grad)
+    return dq, dk, dv, q.new_empty(0) if dg is None else dg, q.new_empty(0) if dbeta is None else dbeta, first
 
 
 @scan_triton_backward.register_fake
 def _(
-    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None,
-    cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dg = torch.empty_like(log_decay) if gate_grad and log_decay is not None else q.new_empty(0)
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
+    state: Tensor | None, cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dg = log_decay.new_empty(log_decay.shape) if gate_grad and log_decay is not None else q.new_empty(0)
+    dbeta = q.new_empty(0) if beta is None else beta.new_empty(beta.shape)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     first = q.new_empty((sequences, dout.shape[1], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, first
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg, dbeta, first
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, scale, wide_out = inputs
+    *tensors, scale, _wide_out = inputs
     ctx.save_for_backward(*tensors)
-    ctx.scale, ctx.wide_out = scale, wide_out
+    ctx.scale = scale
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
     q, k, v, log_decay, beta, state, cu_seqlens = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if _has_backward(log_decay, beta):
+    if dout is None:
         heads = max(q.shape[1], k.shape[1], v.shape[1])
-        if dout is None:
-            dout = q.new_zeros((q.shape[0], heads, q.shape[2], v.shape[3]))
-        dq, dk, dv, dg, first = scan_triton_backward(dout, dstate, q, k, v, log_decay, state, cu_seqlens, ctx.scale, needs[3])
-        grads = (dq, dk, dv, dg, None, first if state is None else first.to(state.dtype))
-        grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))
+        dout = q.new_zeros((q.shape[0], heads, q.shape[2], v.shape[3]))
+    if _has_backward(log_decay):
+        found = scan_triton_backward(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, ctx.scale, needs[3])
+        grads = (*found[:5], found[5] if state is None else found[5].to(state.dtype))
     else:
         grads = _chunked_gradients(ctx, dout, dstate)
-    return (*grads, None, None, None)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=False)), None, None, None)
 
 
 def _chunked_gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:

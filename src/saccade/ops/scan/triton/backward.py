@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.ops.gpu import next_power_of_two
-from saccade.ops.scan.triton.config import Config, config
-from saccade.ops.scan.triton.launch import Dots, Walk, walk
+from saccade.ops.scan.triton.config import Config, config, padded
+from saccade.ops.scan.triton.launch import Dots, Shared, Walk, walk
 
 
 def backward(
@@ -21,11 +20,11 @@ def backward(
     turned_start = None if state is None else state.mT.contiguous()
     turned_end = None if dstate is None else dstate.mT.contiguous()
     end = None if dstate is None else dstate.contiguous()
-    passes = [_Pass(q, heads), _Pass(k, heads), _Pass(v, heads)]
+    passes = [Shared(q, heads), Shared(k, heads), Shared(v, heads)]
     dots = None
     if gate_grad:
         d, dv = q.shape[-1], v.shape[-1]
-        blocks = -(-d // min(c.columns, max(16, next_power_of_two(d))))
+        blocks = -(-d // min(c.columns, padded(d, q.dtype)))
         chunks = q.shape[0] * -(-n // c.chunk) if cu_seqlens is None else n // c.chunk + cu_seqlens.shape[0] - 1
         lines = torch.empty(2, blocks, q.shape[0], heads, n, dtype=torch.float32, device=q.device)
         dots = Dots(q, lines[0], torch.empty(chunks, heads, dv, d, dtype=q.dtype, device=q.device), lines[1])
@@ -40,14 +39,3 @@ def backward(
         dg = dots.dgate.sum(0)
         dg = (dg.sum((0, 2)) if log_decay.ndim == 1 else dg).to(log_decay.dtype)
     return passes[0].share(dq), passes[1].share(dk), passes[2].share(dv), dg, first
-
-
-class _Pass:
-    """Gradients of heads that a group shares are added up in float32."""
-
-    def __init__(self, x: Tensor, heads: int) -> None:
-        self.group, self.target = heads // x.shape[1], x.dtype
-        self.dtype = x.dtype if self.group == 1 else torch.float32
-
-    def share(self, grad: Tensor) -> Tensor:
-        return grad if self.group == 1 else grad.unflatten(1, (-1, self.group)).sum(2).to(self.target)

@@ -57,15 +57,16 @@ def across_blocks(x, x_n, scale, columns, gate, gate_n, at, end, d, CHUNK: tl.co
 
 @triton.jit
 def transform(
-    q, k, v, beta, gate, q_gated, k_gated, pairs, totals, u, w, table, n, per_sequence, heads, scale,
+    q, k, v, beta, gate, q_gated, k_gated, pairs, totals, u, w, inverses, table, n, per_sequence, heads, scale,
     query_group, query_b, query_h, query_n, key_group, key_b, key_h, key_n, val_group, val_b, val_h, val_n,
     gate_b, gate_h, gate_n, beta_b, beta_h, beta_n,
     d: tl.constexpr, dv: tl.constexpr,
     CHUNK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, VALUE_BLOCKS: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """q_gated: scale q e^(gates up to it), k_gated: k e^(gates after it), both `(B, H, N, D)`; pairs `(chunks, H, CHUNK, CHUNK)` with
-    scale, only the lower triangle is written; totals `(chunks, H, D)`: log2 of the gates over the chunk; u and w as in `delta`."""
+    scale, only the lower triangle is written; totals `(chunks, H, D)`: log2 of the gates over the chunk; u, w and, with KEEP,
+    the inverse as in `delta`."""
     BLOCKS: tl.constexpr = CHUNK // 16
     slot = tl.program_id(0)
     h = tl.program_id(1)
@@ -136,7 +137,11 @@ def transform(
         bt = tl.load(beta + batch * beta_b + h.to(tl.int64) * beta_h + token * beta_n, mask=inside, other=0.0).to(tl.float32)
         b3 = tl.reshape(bt, [BLOCKS, 16])
         small = solve_small(tl.where(r3 > c3, near_k * b3[:, :, None], 0.0), BLOCKS)
-        inverse = join_blocks(small, far_k * bt[:, None], CHUNK, SOLVE) * bt[None, :]
+        inverse = join_blocks(small, far_k * bt[:, None], CHUNK, SOLVE)
+        if KEEP:
+            square = place * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
+            tl.store(inverses + square, inverse.to(inverses.dtype.element_ty), mask=at < end)
+        inverse = inverse * bt[None, :]
         weights = inverse.to(dtype)
         wt = matmul(weights, read, PRECISION)
         tl.store(w + (here + token[:, None]) * d + di[None, :], wt.to(w.dtype.element_ty), mask=inside[:, None] & (di < d)[None, :])

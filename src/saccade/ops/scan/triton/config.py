@@ -33,6 +33,18 @@ class Config:
     carry: str = "tf32"
     transform_warps: int = 4
     channel_warps: int = 8
+    back_columns: int = 64
+    back_programs: float = 1.0
+    back_stages: int = 2
+    pair_warps: int = 4
+    pair_stages: int = 1
+    grad_columns: int = 32
+    grad_values: int = 64
+    grad_warps: int = 4
+    grad_stages: int = 2
+    level_columns: int = 32
+    level_warps: int = 4
+    level_stages: int = 1
 
 
 def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -> Config:
@@ -41,14 +53,21 @@ def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -
     if dtype == torch.float32:
         return Config(
             chunk=32, columns=16, maps_columns=16, carry_columns=16, precision="ieee", solve="ieee", carry="ieee", walk_stages=1,
-            maps_warps=4, maps_stages=1,
+            maps_warps=4, maps_stages=1, back_columns=16, back_stages=1,
+            grad_columns=16, grad_values=16, grad_stages=1, level_columns=16,
         )  # fmt: skip
     chosen = Config()
     if wide > 128:
-        chosen = replace(chosen, columns=32, maps_columns=64, walk_stages=1, maps_stages=1)
+        chosen = replace(chosen, columns=32, maps_columns=64, walk_stages=1, maps_stages=1, back_columns=32, back_stages=1)
     if delta:
         chosen = replace(chosen, maps_columns=64, maps_warps=4)
     return chosen
+
+
+def padded(width: int, dtype: torch.dtype) -> int:
+    """The width of a tile that holds a head dim: a power of two. Tiles of 16 bits have 64 columns at least: with 16 and 32, the UT
+    transform of 64 rows by 4 warps came out wrong on sm_90 (Triton 3.6; 8 warps, or a solve in "ieee", were right)."""
+    return max(16 if dtype == torch.float32 else 64, next_power_of_two(width))
 
 
 @dataclass(frozen=True)

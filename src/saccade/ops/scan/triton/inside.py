@@ -39,7 +39,7 @@ def matmul_add(a, b, to, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def segment_of(slot, n, per_sequence, table, LENGTH: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+def segment_of(slot, n, per_sequence, table, LENGTH, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """(batch, sequence, start, end, start and end of the sequence, index of the sequence's first chunk) of a segment.
 
     Packed sequences have a table of five columns; an unused slot has start = end.

@@ -33,12 +33,12 @@ def outputs(
     val_n: tl.constexpr, gate_b, gate_h, gate_n,
     par_group, par_b, par_h, par_n: tl.constexpr,
     d: tl.constexpr, dv: tl.constexpr,
-    LENGTH: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, GATE: tl.constexpr,
-    DELTA: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, START: tl.constexpr, DOTS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LENGTH, CHUNK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, GATE: tl.constexpr,
+    DELTA: tl.constexpr, PAIRS: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, START: tl.constexpr,
+    DOTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out `(B, H, N, Dv)`, final `(S, H, D, Dv)`; starts: one state a segment (SPLIT) or a sequence. With a gate per channel, row and col
-    hold scale * q and k times their gates and `pairs` the products inside chunks; with DELTA val holds u."""
+    """out `(B, H, N, Dv)`, final `(S, H, D, Dv)`; starts: one state a segment (SPLIT) or a sequence. With PAIRS, `pairs` holds the
+    products inside chunks; with a gate per channel, row and col hold scale * q and k times their gates; with DELTA val holds u."""
     pid = tl.program_id(0)
     block = pid % BLOCKS
     slot = pid // BLOCKS
@@ -87,7 +87,9 @@ def outputs(
         ct = tl.load(col + far_at * col_n + col_at, mask=inside & d_in, other=0.0)
         vt = tl.load(val + far_at * val_n + val_at, mask=inside & v_in, other=0.0)
         low = state.to(rt.dtype)
-        if GATE == CHANNEL_GATE:
+        if GATE != NO_GATE and GATE != CHANNEL_GATE:
+            up_to, after, over_all, high, rest = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
+        if PAIRS:
             where = (chunk + (at - first) // CHUNK).to(tl.int64) * heads + h
             pair = tl.load(pairs + where * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :], mask=near, other=0.0)
         else:
@@ -95,7 +97,6 @@ def outputs(
             if GATE == NO_GATE:
                 product = tl.where(near, product, 0.0)
             else:
-                up_to, after, over_all, high, rest = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
                 between = pair_gates(high, rest, GATE)
                 if REVERSE:
                     between = -between

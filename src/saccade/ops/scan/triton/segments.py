@@ -19,7 +19,7 @@ def segment_maps(
     col, val, w, gate, totals, added, kept, moved, table, n, per_sequence, heads, scale,
     col_group, col_b, col_h, col_n: tl.constexpr, val_group, val_b, val_h, val_n: tl.constexpr, gate_b, gate_h, gate_n,
     d: tl.constexpr, dv: tl.constexpr,
-    LENGTH: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, VALUE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    LENGTH, CHUNK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, VALUE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """added `(slots, H, D, Dv)`: a segment's map of the zero state. kept: log2 of the gates over it, `(slots, H)` or `(slots, H, D)`.
@@ -91,7 +91,7 @@ def segment_maps(
 def carry(
     added, kept, initial, cu, n, per_sequence, heads,
     d: tl.constexpr, dv: tl.constexpr,
-    LENGTH: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, START: tl.constexpr,
+    LENGTH, BLOCK: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """Turns `added` into the state that every segment starts from, in place: entry by entry, segment after segment."""
     sequence = tl.program_id(0)
@@ -127,9 +127,11 @@ def carry(
 def carry_delta(
     added, moved, initial, cu, n, per_sequence, heads,
     d: tl.constexpr, dv: tl.constexpr,
-    LENGTH: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr,
+    LENGTH, BD: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, START: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same under the delta rule: state <- moved state + added, a block of columns per program."""
+    """The same under the delta rule: state <- moved state + added, a block of columns per program. The gradient of the state goes the
+    other way, through the transposed maps."""
     sequence = tl.program_id(0)
     h = tl.program_id(1)
     if PACKED:
@@ -150,8 +152,12 @@ def carry_delta(
         state = tl.zeros([BD, BV], tl.float32)
     for j in range(0, count):
         place = (slot + j).to(tl.int64) * heads + h
+        if REVERSE:
+            place = (slot + count - 1 - j).to(tl.int64) * heads + h
         add = tl.load(added + place * d * dv + entry, mask=mask, other=0.0)
         tl.store(added + place * d * dv + entry, state, mask=mask)
         if j + 1 < count:
             move = tl.load(moved + place * d * d + di[:, None] * d + di[None, :], mask=(di < d)[:, None] & (di < d)[None, :], other=0.0)
+            if REVERSE:
+                move = tl.trans(move)
             state = matmul_add(move, state, add, PRECISION)
