@@ -11,6 +11,7 @@ from saccade.cli.calibrate import cut_samples
 from saccade.cli.main import app
 from saccade.core import Plan
 from saccade.evaluate.prompts import Codec
+from saccade.methods.decode.loki import Loki
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +107,62 @@ def test_what_the_user_can_mend_is_one_sentence(tmp_path: Path) -> None:
     assert "there is no folder" in refused("minference", "-o", out, "--model", str(tmp_path / "nothing"))
     assert "32768 positions of pocket" in refused("minference", "-o", out, "--length", "40000")
     assert not Path(out).exists()
+
+
+class Stop(Exception):
+    """An interruption between two samples."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: type[BaseException], *arguments: str):
+    """Run the command, which is stopped when it has measured `after` layers."""
+    measured = []
+    whole = Loki.measure
+
+    def measure(self, ctx, q, k, v):  # type: ignore[no-untyped-def]
+        measured.append(ctx.layer)
+        if len(measured) > after:
+            raise error()
+        return whole(self, ctx, q, k, v)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loki, "measure", measure)
+        result = run(*arguments)
+    return result
+
+
+def test_an_interrupted_run_goes_on_to_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    partial = tmp_path / "out.safetensors.partial.safetensors"
+    settings = ("--length", "64", "--batches", "3", "--seed", "5")
+    assert run("loki", "-o", str(whole), *settings).exit_code == 0
+    # in the middle of the second sample of 8 layers
+    stopped = interrupted(monkeypatch, 12, KeyboardInterrupt, "loki", "-o", str(out), *settings)
+    assert stopped.exit_code == 130 and not out.exists() and partial.exists()
+    assert f"What was measured is in {partial}; the same command goes on." in stopped.stderr
+    again = interrupted(monkeypatch, 8, Stop, "loki", "-o", str(out), *settings)
+    assert isinstance(again.exception, Stop), "the second sample was measured, the third was not"
+    measured = []
+    layer = Loki.measure
+    monkeypatch.setattr(Loki, "measure", lambda self, ctx, *qkv: measured.append(ctx.layer) or layer(self, ctx, *qkv))
+    assert run("loki", "-o", str(out), *settings).exit_code == 0
+    assert measured == list(range(8)), "only the third sample is left"
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, whole.name]
+
+
+def test_a_partial_file_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, data = tmp_path / "out.safetensors", tmp_path / "own.txt"
+    partial = tmp_path / "out.safetensors.partial.safetensors"
+    data.write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    settings = ("loki", "-o", str(out), "--length", "64", "--batches", "2", "--data", str(data))
+    interrupted(monkeypatch, 8, KeyboardInterrupt, *settings)
+    kept = partial.read_bytes()
+    assert "seed 0 (now 1)" in refused(*settings, "--seed", "1")
+    assert "batches 2 (now 3)" in refused(*settings, "--batches", "3")
+    assert "method 'loki' (now 'loki(dims=0.5)')" in refused("loki(dims=0.5)", *settings[1:])
+    assert "dtype 'float32' (now 'bfloat16')" in refused(*settings, "--dtype", "bfloat16")
+    data.write_text("All play and no work makes Jack a dull boy.\n" * 100)
+    assert "was made from another text" in refused(*settings)
+    assert partial.read_bytes() == kept and not out.exists()
+    partial.write_bytes(b"no tensors at all")
+    assert "does not hold an interrupted calibration" in refused(*settings)

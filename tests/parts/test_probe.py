@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.parts.probe import column_mass, diagonal_mass, last_rows, row_probabilities, strided_rows
+from saccade.parts.probe import row_probabilities, strided_rows
 
 
 def full_map(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
@@ -36,40 +36,6 @@ def test_rows_are_those_of_the_whole_map(qk: tuple[Tensor, Tensor], softcap: flo
     found = row_probabilities(q, k, rows, scale=0.7, softcap=softcap)
     assert (found - full_map(q, k, 0.7, softcap)[:, :, rows]).abs().max() < 1e-14
     assert row_probabilities(q.bfloat16(), k.bfloat16(), rows, scale=0.7).dtype == torch.float32
-
-
-def test_column_mass_sums_rows_without_holding_them(qk: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k = qk
-    monkeypatch.setattr("saccade.parts.probe.ROWS", 7)
-    held: list[int] = []
-
-    def watched(*arguments: Tensor, **settings: float) -> Tensor:
-        part = row_probabilities(*arguments, **settings)
-        held.append(part.shape[2])
-        return part
-
-    monkeypatch.setattr("saccade.parts.probe.row_probabilities", watched)
-    rows = strided_rows(q.shape[2], 0.5)
-    found = column_mass(q, k, rows, scale=0.7)
-    assert (found - full_map(q, k, 0.7)[:, :, rows].sum(2)).abs().max() < 1e-13
-    assert max(held) <= 7 and sum(held) == len(rows)
-
-
-def test_diagonals_are_summed_by_offset(qk: tuple[Tensor, Tensor]) -> None:
-    q, k = qk
-    rows = last_rows(q.shape[2], 20)
-    p = row_probabilities(q, k, rows, scale=0.7)
-    found = diagonal_mass(p)
-    n = k.shape[2]
-    for offset in (0, 1, 19, 20, n - len(rows), n - 1):
-        expected = sum(p[..., r, i - offset] for r, i in enumerate(range(n - len(rows), n)) if i >= offset)
-        assert (found[..., offset] - expected).abs().max() < 1e-14
-    assert (found.sum(-1) - len(rows)).abs().max() < 1e-12  # all of the mass lies on some diagonal
-
-
-def test_last_rows() -> None:
-    assert last_rows(10, 3).tolist() == [7, 8, 9]
-    assert last_rows(2, 64).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("n", "share"), [(100, 0.05), (97, 0.1), (1000, 0.07), (5, 0.01), (64, 1.0), (50, 0.6)])

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from saccade.attach.models import attention_modules
 from saccade.attach.session import _SESSIONS, Session
-from saccade.core import CachePolicy, Decode, LayerContext, Method, Plan, Prefill, Selection, check_attention_inputs
+from saccade.core import CachePolicy, Decode, LayerContext, Method, Partial, Plan, Prefill, Selection, check_attention_inputs
 from saccade.methods import build
 from saccade.ops import attend, decode
 
@@ -78,8 +78,12 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = None if method == "dense" else build(method)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None) -> Tensor:
-        return attend(q, k, v, selection, causal=causal, scale=factor, softcap=softcap, impl=impl).out  # pyright: ignore[reportArgumentType]
+    def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
+        settings = {"causal": causal, "scale": factor, "softcap": softcap, "impl": impl, "return_lse": True, **options}
+        return attend(q, k, v, selection, **settings)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
+        return partial(q, k, v, selection, **{"return_lse": False, **options}).out
 
     if chosen is None:
         return run(q, k, v, None)
@@ -89,8 +93,8 @@ def attention(
     if "calibration" in chosen.info.needs and not plans:
         raise ValueError(f"{chosen.info.slug} needs a calibration plan: pass plan=")
     ctx = LayerContext(
-        layer=layer, layers=layers, layout=layout, scale=factor, softcap=softcap, attend=run, seen=k.shape[2],
-        plan=plans[0] if plans else None, seed=seed,
+        layer=layer, layers=layers, layout=layout, scale=factor, softcap=softcap, attend=run, partial=partial,
+        seen=k.shape[2], plan=plans[0] if plans else None, plans={p.slug: p for p in plans}, seed=seed,
     )  # fmt: skip
     if isinstance(chosen, Prefill):
         return chosen.attend(ctx, q, k, v)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.attach.stats import LayerStats, selected_pairs
+from saccade.attach.stats import LayerStats, computed_pairs
 from saccade.cache import KVLayer, Segment, Slots
 from saccade.cache.segment import attend_rectangle
 from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Plan, Prefill, Rotary, Selection, merge
@@ -116,6 +116,8 @@ class LayerRunner:
             parts.append(attend(q, k, v, scale=ctx.scale, softcap=ctx.softcap, return_lse=True))
             self._count(self.stats.prefill, None, q.shape[2], k.shape[2], ctx.seen, sum(s.length for s in segments))
             return merge(*parts).out
+        # a method may attend in several passes: what dense attention would have computed counts once
+        self.stats.prefill.add(0, _visible(q.shape[2], ctx.seen))
         if self.prefill is None or q.shape[2] == 1:
             return ctx.attend(q, k, v, None)
         return self.prefill.attend(ctx, q, k, v)
@@ -281,28 +283,38 @@ class LayerRunner:
         method = {"prefill": self.prefill, "decode": self.decode, "cache": self.policy}[phase]
         real_seen = seen if layer is None or row is None else layer.real_seen(row)
 
-        def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None) -> Tensor:
-            out = attend(
-                q, k, v, selection, scale=call.scale, softcap=call.softcap, impl=self.impl  # pyright: ignore[reportArgumentType]
-            ).out  # fmt: skip
-            self._count(self.stats.prefill, selection, q.shape[2], k.shape[2], real_seen)
+        whole = self._layout.query_heads * (call.q.shape[0] if row is None else 1)
+
+        def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
+            settings = {"scale": call.scale, "softcap": call.softcap, "impl": self.impl, "return_lse": True, **options}
+            out = attend(q, k, v, selection, **settings)
+            # a pass over some of the heads counts in proportion: pairs are means over heads
+            share = q.shape[0] * q.shape[1] / whole
+            self.stats.prefill.add(share * computed_pairs(q.shape[2], k.shape[2], selection, options), 0)
             return out
+
+        def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
+            return partial(q, k, v, selection, **{"return_lse": False, **options}).out
 
         return LayerContext(
             layer=self.layer, layers=self.layers, layout=self._layout, scale=call.scale, softcap=call.softcap, attend=run,
-            seen=real_seen, plan=None if method is None else self.plans.get(method.info.slug),
+            partial=partial, count=lambda pairs: self.stats.prefill.add(pairs, 0), seen=real_seen,
+            plan=None if method is None else self.plans.get(method.info.slug), plans=self.plans,
             state={} if layer is None else layer.states.get(phase, row), shared=call.shared, seed=self.seed, rotary=self.rotary,
         )  # fmt: skip
 
     def _count(self, pairs: Any, selection: Selection | None, n_q: int, n_k: int, seen: int, sealed: int = 0) -> None:
         """Add computed pairs, and the pairs dense attention over all `seen` tokens would have had."""
-        dense = n_q * n_k - n_q * (n_q - 1) / 2
-        computed = (dense if selection is None else selected_pairs(selection)) + n_q * sealed
-        pairs.add(computed, n_q * seen - n_q * (n_q - 1) / 2)
+        pairs.add(computed_pairs(n_q, n_k, selection, {}) + n_q * sealed, _visible(n_q, seen))
 
     def _snapshot(self, layer: KVLayer) -> None:
         self.stats.kept = layer.lengths()
         self.stats.kv_bytes, self.stats.index_bytes, self.stats.seen = layer.kv_bytes, layer.side_bytes, layer.seen
+
+
+def _visible(n_q: int, seen: int) -> float:
+    """Pairs that dense attention computes for the last n_q of `seen` tokens."""
+    return n_q * seen - n_q * (n_q - 1) / 2
 
 
 def _rows(batch: int, padded: bool) -> list[int | None]:

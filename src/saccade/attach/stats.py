@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from saccade.core import Selection
 
@@ -86,3 +90,51 @@ def selected_pairs(selection: Selection) -> float:
         return float(selection.pairs().double().mean())
     listed = float(selection.start_counts.double().mean()) * selection.block_k + float(selection.token_counts.double().mean())
     return min(listed, float(selection.n_k))
+
+
+def computed_pairs(n_q: int, n_k: int, selection: Selection | None, options: Mapping[str, Any]) -> float:
+    """Score pairs of one attention call with the options of `saccade.ops.attend`, the mean over its batch and heads."""
+    q_positions, k_positions, causal = options.get("q_positions"), options.get("k_positions"), options.get("causal", True)
+    if (q_positions is None and k_positions is None) or not causal:
+        if selection is not None:
+            # with positions the option says what is causal, without them the selection does
+            return selected_pairs(selection if q_positions is None and k_positions is None else replace(selection, causal=False))
+        return n_q * n_k - n_q * (n_q - 1) / 2 if causal else float(n_q * n_k)
+    like = q_positions if q_positions is not None else k_positions
+    assert like is not None
+    rows = torch.arange(n_k - n_q, n_k, device=like.device)[None, None] if q_positions is None else q_positions.long()
+    if selection is not None:
+        return _listed_pairs(selection, rows, k_positions)
+    if k_positions is None:
+        return float((rows + 1).clamp(min=0, max=n_k).sum(-1).double().mean())
+    # as many keys as stand at or before the row
+    places = k_positions.long().sort(-1).values
+    lead = torch.broadcast_shapes(rows.shape[:-1], places.shape[:-1])
+    seen = torch.searchsorted(places.expand(*lead, -1).contiguous(), rows.expand(*lead, -1).contiguous(), right=True)
+    return float(seen.sum(-1).double().mean())
+
+
+def _listed_pairs(selection: Selection, rows: Tensor, k_positions: Tensor | None) -> float:
+    """Pairs of listed keys and rows at or after their position: the keys of a tile are looked up among its sorted rows."""
+    s = selection
+    tiles = (s.starts.long().unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(3)
+    tiles = tiles.masked_fill((s.starts >= s.n_k).repeat_interleave(s.block_k, -1), s.n_k)
+    lead = torch.broadcast_shapes(tiles.shape[:3], s.tokens.shape[:3])
+    ids = torch.cat([tiles.expand(*lead, -1), s.tokens.long().expand(*lead, -1)], dim=-1).clamp(max=s.n_k)
+    never = int(rows.max()) + 1 if rows.numel() else 0
+    if k_positions is None:
+        places = ids.masked_fill(ids >= s.n_k, never)
+    else:
+        table = torch.nn.functional.pad(k_positions.long(), (0, 1), value=never)
+        heads = (max(ids.shape[0], table.shape[0]), max(ids.shape[1], table.shape[1]))
+        table = table.repeat_interleave(heads[1] // table.shape[1], 1).expand(heads[0], -1, -1)
+        ids = ids.repeat_interleave(heads[1] // ids.shape[1], 1).expand(heads[0], -1, -1, -1)
+        places = torch.gather(table, -1, ids.flatten(2)).view(ids.shape)
+    # a row of padding stands before every key
+    padded = torch.nn.functional.pad(rows, (0, s.tiles * s.block_q - rows.shape[-1]), value=-1)
+    tiled = padded.unflatten(-1, (s.tiles, s.block_q)).sort(-1).values
+    heads = max(places.shape[1], tiled.shape[1])
+    batch = max(places.shape[0], tiled.shape[0])
+    places, tiled = (x.repeat_interleave(heads // x.shape[1], 1).expand(batch, -1, -1, -1) for x in (places, tiled))
+    earlier = torch.searchsorted(tiled.contiguous(), places.contiguous())
+    return float((s.block_q - earlier).sum((-1, -2)).double().mean())

@@ -19,6 +19,7 @@ class Kind(StrEnum):
     estimate = "estimate"
     scan = "scan"
     quant = "quant"
+    prefill = "prefill"
 
 
 class Grid(StrEnum):
@@ -39,7 +40,9 @@ _ABOUT = {
 
 
 def command(
-    kind: Annotated[Kind, typer.Argument(help="attend: a prompt; decode: one query over a cache; estimate, scan, quant.")],
+    kind: Annotated[
+        Kind, typer.Argument(help="attend: a prompt; decode: one query over a cache; estimate, scan, quant; prefill: whole methods.")
+    ],
     grid: Annotated[Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, full in a few.")] = None,
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Only this family of the grid (repeatable); alone: the function or form to time.")
@@ -64,11 +67,20 @@ def command(
         float | None, typer.Option("--fail-slower", help="With --compare: exit code 1 where saccade got slower by more per cent.", min=0)
     ] = None,
     limit: Annotated[float | None, typer.Option("--limit", help="Of a grid: begin nothing after so many seconds.", min=1)] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="prefill: specs separated by semicolons; all by default.")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="prefill: such as 32768,131072.")] = None,
+    model_shape: Annotated[str | None, typer.Option("--shape", help="prefill: llama-8b (default on a GPU), qwen-7b, pocket.")] = None,
+    inputs: Annotated[
+        str | None, typer.Option("--inputs", help="prefill: captured from the pocket model (default), structured, random.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", help="prefill: time the forward pass of a random model of so many layers.", min=1)
+    ] = None,
 ) -> None:  # fmt: skip
     """Time saccade's kernels against dense attention and other libraries in the same run.
 
     Without --grid one case is timed and printed as JSON. With it, a table: medians, rates, the time of the best dense kernel and of
-    the best peer over saccade's, the error on a slice, and how times grow with the length.
+    the best peer over saccade's, the error on a slice, and how times grow with the length. prefill gives the table without a grid too.
     """
     import torch
 
@@ -83,10 +95,17 @@ def command(
         check_writable(path)
     if json is not None and html is not None and json.absolute() == html.absolute():
         raise ValueError(f"--json and --html both name {json}: give two files")
-    device = device or ("cuda" if grid is not None and torch.cuda.is_available() else "cpu")
+    in_table = grid is not None or kind is Kind.prefill
+    device = device or ("cuda" if in_table and torch.cuda.is_available() else "cpu")
     _check_device(device)
-    number = dtype or (DType.bfloat16 if grid is not None and device.startswith("cuda") else DType.float32)
-    if grid is None:
+    number = dtype or (DType.bfloat16 if in_table and device.startswith("cuda") else DType.float32)
+    asked = {"methods": methods, "lengths": lengths, "shape": model_shape, "inputs": inputs, "layers": layers}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and (kind is not Kind.prefill or grid is not None):
+        raise ValueError(f"--{next(iter(asked))} is for prefill without a grid: leave it out, or leave --grid out")
+    if kind is Kind.prefill and grid is None and (case or shape):
+        raise ValueError(f"--{'case' if case else next(iter(shape))} is not for prefill: give --methods, --lengths and --shape")
+    if not in_table:
         for option, value in (("--html", html), ("--compare", compare), ("--limit", limit)):
             if value is not None:
                 raise ValueError(f"{option} goes with a grid: add --grid quick")
@@ -100,7 +119,7 @@ def command(
         _check_report()
     _grid(
         kind, grid, case or [], getattr(torch, number.value), device, impl, check=check, json=json, html=html, compare=compare,
-        fail_slower=fail_slower, limit=limit,
+        fail_slower=fail_slower, limit=limit, asked=asked,
     )  # fmt: skip
 
 
@@ -157,9 +176,10 @@ def _plain(kind: Kind, given: dict[str, Any], case: list[str] | None, dtype: Any
 
 
 def _grid(
-    kind: Kind, grid: Grid, only: list[str], dtype: Any, device: str, impl: str, *, check: bool, json: Path | None, html: Path | None,
-    compare: Path | None, fail_slower: float | None, limit: float | None,
+    kind: Kind, grid: Grid | None, only: list[str], dtype: Any, device: str, impl: str, *, check: bool, json: Path | None,
+    html: Path | None, compare: Path | None, fail_slower: float | None, limit: float | None, asked: dict[str, Any],
 ) -> None:  # fmt: skip
+    """A grid, or for prefill without one what was asked for."""
     from saccade.bench import grids, result
     from saccade.bench.case import Settings
     from saccade.bench.compare import compare as changes_since
@@ -171,14 +191,20 @@ def _grid(
     old = None if compare is None else result.load(compare)
     if old is not None and old["op"] != kind.value:
         raise ValueError(f"{compare} is a result of {old['op']}: compare {kind.value} with one of its own")
-    cases = grids.cases(kind.value, grid.value, cuda=cuda, only=only)
+    if grid is None:
+        from saccade.cli.bench_prefill import asked_cases
+
+        cases = asked_cases(asked, cuda=cuda, size=dtype.itemsize)
+    else:
+        cases = grids.cases(kind.value, grid.value, cuda=cuda, only=only)
+    size = ("full" if cuda else "quick") if grid is None else grid.value
     budgets = grids.BUDGETS_MS if cuda else grids.CPU_BUDGETS_MS
-    settings = Settings(
-        device=device, dtype=dtype, impl=impl, budget_ms=budgets[grid.value], limit_s=limit or grids.LIMITS_S[grid.value]
-    )
+    patience = grids.ASKED_LIMIT_S if grid is None else grids.LIMITS_S[size]
+    settings = Settings(device=device, dtype=dtype, impl=impl, budget_ms=budgets[size], limit_s=limit or patience)
     number = str(dtype).removeprefix("torch.")
-    words = _command(kind, grid=grid.value, case=only, dtype=number, device=device, impl=impl, limit=limit, json=json, html=html)
-    found = _measure(kind, grid, cases, settings, words, json)
+    named = None if grid is None else grid.value
+    words = _command(kind, grid=named, case=only, **asked, dtype=number, device=device, impl=impl, limit=limit, json=json, html=html)
+    found = _measure(kind, named or "asked", cases, settings, words, json)
     write(result_table(found))
     if html is not None:
         from saccade.report.bench_page import write_page
@@ -206,7 +232,7 @@ def _grid(
         raise typer.Exit(1)
 
 
-def _measure(kind: Kind, grid: Grid, cases: list[Case], settings: Settings, words: str, json: Path | None) -> dict[str, Any]:
+def _measure(kind: Kind, grid: str, cases: list[Case], settings: Settings, words: str, json: Path | None) -> dict[str, Any]:
     """The grid with a progress bar on stderr; the file is written after each case."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -219,7 +245,7 @@ def _measure(kind: Kind, grid: Grid, cases: list[Case], settings: Settings, word
         with Progress(*columns, console=console(stderr=True), transient=True) as bars:
             task = bars.add_task("", total=len(cases))
             return run_cases(
-                kind.value, grid.value, cases, settings, command=words,
+                kind.value, grid, cases, settings, command=words,
                 save=None if json is None else lambda document: save(document, json),
                 progress=lambda done, total, doing: bars.update(task, completed=done, total=total, description=doing),
             )  # fmt: skip

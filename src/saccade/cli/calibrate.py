@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,10 +29,11 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Look a hub name up in the local cache only.")] = False,
 ) -> None:
-    """Run a method's offline part on samples of text and write what it finds to a plan for --plan and attach(plan=)."""
-    from dataclasses import replace
+    """Run a method's offline part on samples of text and write what it finds to a plan for --plan and attach(plan=).
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    Stopped half-way, it leaves its statistics in OUT.partial.safetensors; the same command then goes on after the last whole sample.
+    """
+    from dataclasses import replace
 
     from saccade.cli.console import console
     from saccade.core import Calibrated
@@ -42,6 +45,7 @@ def command(
     if not isinstance(chosen, Calibrated):
         raise ValueError(f"{chosen.info.slug} has no offline part: use it without a plan")
     check_writable(out)
+    partial = check_writable(out.with_name(f"{out.name}.partial.safetensors"))
     for name, value, least in (("--length", length, 2), ("--batches", batches, 1)):
         if value < least:
             raise ValueError(f"{name} {value} is too small: give at least {least}")
@@ -58,13 +62,46 @@ def command(
     if longest is not None and length > longest:
         raise ValueError(f"--length {length} is more than the {longest} positions of {model}: give at most {longest}")
     samples = cut_samples(Codec(tokenizer), text, length=length, count=batches, seed=seed)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bars:
-        task = bars.add_task(f"calibrating {chosen.info.slug}", total=batches)
-        plan = calibrate(loaded, chosen, samples, progress=lambda done: bars.update(task, completed=done))
     source = {"seed": seed, "length": length, "text": "shipped" if data is None else data.name}
+    try:
+        with _bar(f"calibrating {chosen.info.slug}", batches, resumed=partial.exists()) as show:
+            plan = calibrate(loaded, chosen, samples, progress=show, partial=partial, arguments={**source, "batches": batches})
+    except KeyboardInterrupt:
+        if partial.exists():
+            told = f"Stopped. What was measured is in {partial}; the same command goes on."
+            console(stderr=True).print(told, markup=False, soft_wrap=True)
+        raise
     replace(plan, notes={**plan.notes, **source}).save(out)
+    partial.unlink(missing_ok=True)
     console().print(f"plan: {out}", soft_wrap=True)
+
+
+@contextmanager
+def _bar(what: str, total: int, *, resumed: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, as a function of the number of samples done; with `resumed` its first call tells of an earlier run."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from saccade.cli.console import console
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    err = console(stderr=True)
+    # in a file or a pipe a bar would only leave an empty line
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        task = bars.add_task(what, total=total)
+        calls = 0
+
+        def show(done: int) -> None:
+            nonlocal calls
+            calls += 1
+            if resumed and calls == 1:
+                # what an earlier run did took no time now and would make the rest look short
+                bars.reset(task, completed=done)
+            else:
+                bars.update(task, completed=done)
+
+        yield show
 
 
 def cut_samples(codec: Codec, text: bytes, *, length: int, count: int, seed: int) -> list[Tensor]:

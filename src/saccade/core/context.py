@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.core.layout import HeadLayout
+from saccade.core.partial import Partial
 from saccade.core.plan import Plan
 from saccade.core.selection import Selection
 
-Attend = Callable[[Tensor, Tensor, Tensor, Selection | None], Tensor]
+Attend = Callable[..., Tensor]  # (q, k, v, selection or None, **options)
+AttendPartial = Callable[..., Partial]
+
+
+def _no_partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
+    raise ValueError("this context gives whole outputs only: make it with partial= for methods that merge partial results")
+
+
+def _not_counted(pairs: float) -> None:
+    """Where nobody keeps count."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,13 @@ class LayerContext:
     scale: factor on q.k before softmax. softcap: `cap * tanh(logit / cap)` where the model uses one.
     seen: tokens of the sequence so far, those of this call included.
     rotary: the model's rotary embedding, None where it has none or one that can't be turned further.
-    plan: what calibration found, or None. state: this layer's own per-sequence state;
-    tensors in it have the batch first, other objects offer `reorder(rows)`. shared: across the layers of one forward pass.
-    attend: runs softmax attention over a selection with this layer's scale and softcap (None: dense) and notes what ran.
+    plan: what calibration found, or None. plans: of all methods at hand, by slug, for a method that runs another one inside.
+    state: this layer's own per-sequence state; tensors in it have the batch first, other objects offer `reorder(rows)`.
+    shared: across the layers of one forward pass.
+    attend: `attend(q, k, v, selection, **options) -> Tensor` runs softmax attention over a selection (None: dense) with this layer's
+    scale and softcap, and counts the pairs it computed; options are those of `saccade.ops.attend` (q_positions, impl, ...).
+    partial: the same as a Partial with its log-sum-exp, to be merged with others. Calls may cover some rows or heads only.
+    count: `count(pairs)` adds the work of a method that computes scores itself, in score pairs, the mean over batch and heads.
     seed: for methods that sample.
     """
 
@@ -47,10 +61,13 @@ class LayerContext:
     layout: HeadLayout
     scale: float
     attend: Attend
+    partial: AttendPartial = _no_partial
+    count: Callable[[float], None] = _not_counted
     softcap: float | None = None
     seen: int = 0
     rotary: Rotary | None = None
     plan: Plan | None = None
+    plans: Mapping[str, Plan] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -60,6 +77,10 @@ class LayerContext:
         if self.plan is None:
             raise ValueError(f"layer {self.layer} has no calibration plan: run `saccade calibrate` and pass plan=")
         return self.plan.tensor(self.layer, name)
+
+    def inside(self, slug: str) -> LayerContext:
+        """The context for a method that runs inside another one: the same layer and sequence, its own plan."""
+        return replace(self, plan=self.plans.get(slug))
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator fixed by seed, layer and tokens seen: the same run draws the same numbers."""

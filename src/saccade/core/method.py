@@ -151,11 +151,15 @@ class CachePolicy(Method):
 
 
 class Calibrated(Method):
-    """A method with an offline part: statistics that add up over samples, and what is concluded from them."""
+    """A method with an offline part: statistics gathered over samples, and what is concluded from them."""
 
     @abstractmethod
     def measure(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """Statistics of one layer on one sample, from dense attention's q, k, v; they are summed over samples."""
+
+    def combine(self, sums: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics so far (nothing at first) and those of one more sample together. The default adds them up."""
+        return {name: sums[name] + value if name in sums else value for name, value in found.items()}
 
     @abstractmethod
     def conclude(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

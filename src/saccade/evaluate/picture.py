@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +12,12 @@ from transformers import PreTrainedModel
 from saccade.attach.capture import reading_session
 from saccade.core import Decode, LayerContext
 from saccade.evaluate.contenders import Contender
+from saccade.evaluate.maps import as_bytes, log_scaled
 from saccade.evaluate.replay import LayerReplay, probabilities
 
 LENGTH = 1024
 MAX_LAYERS = 8
 MAX_HEADS = 8
-DECADES = 4  # the map shows attention mass from 10^-4 to 1
 
 
 @torch.no_grad()
@@ -67,7 +66,7 @@ def _selected(replay: LayerReplay, contender: Contender, prompt: int, length: in
     mask = torch.ones(1, 1, length, dtype=torch.bool, device=replay.k.device)
     if "prefill" in contender.methods or "cache" in contender.methods:
         replay.feed(0, prompt)
-        selection = replay.ran(prompt)
+        selection = replay.chosen(prompt)
         if selection is not None:
             coverage = selection.coverage()[0].repeat_interleave(selection.block_q, 1)[:, :prompt]
             mask = torch.nn.functional.pad(coverage, (0, length - prompt, 0, length - prompt), value=True)
@@ -85,7 +84,7 @@ def _steps(replay: LayerReplay, decode: Decode, length: int, pool: int) -> Tenso
     """Selections `(H, length / pool, length)` of the last query of each row, with an index that grows row by row."""
     ctx = replay.ctx
     context = LayerContext(
-        layer=ctx.layer, layers=ctx.layers, layout=ctx.layout, scale=ctx.scale, attend=ctx.attend, softcap=ctx.softcap,
+        layer=ctx.layer, layers=ctx.layers, layout=ctx.layout, scale=ctx.scale, attend=ctx.attend, partial=ctx.partial, softcap=ctx.softcap,
         rotary=ctx.rotary, plan=replay.runner.plans.get(decode.info.slug), seed=ctx.seed,
     )  # fmt: skip
     policy = decode.layer_policy(ctx.layer, ctx.layers)
@@ -121,11 +120,11 @@ def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], po
         selections, mass, density = {}, {}, {}
         for spec, mask in masks.items():
             read = mask[head * mask.shape[0] // q.shape[1]] & visible
-            selections[spec] = _bytes(_pooled(read, pool) / cells.clamp(min=1))
+            selections[spec] = as_bytes(_pooled(read, pool) / cells.clamp(min=1))
             mass[spec] = float((weights * read).sum(-1).mean())
             density[spec] = float(read.sum() / visible.sum())
         heads.append({
-            "head": head, "kv_head": head // group, "map": _bytes(_log_scaled(_pooled(weights, pool) / pool)),
+            "head": head, "kv_head": head // group, "map": as_bytes(log_scaled(_pooled(weights, pool) / pool)),
             "size": size,
             "selections": selections, "mass": mass, "density": density,
         })  # fmt: skip
@@ -135,16 +134,6 @@ def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], po
 def _pooled(x: Tensor, pool: int) -> Tensor:
     """Sums over pool x pool tiles of a square matrix."""
     return x.float().unflatten(0, (-1, pool)).sum(1).unflatten(1, (-1, pool)).sum(2)
-
-
-def _log_scaled(mass: Tensor) -> Tensor:
-    """A query's mean attention mass on a key tile, 10^-DECADES ... 1, to 0 ... 1."""
-    return (1 + mass.clamp(min=10.0**-DECADES).log10() / DECADES).clamp(0, 1)
-
-
-def _bytes(share: Tensor) -> str:
-    """Shares in [0, 1] as base64 of uint8, row by row."""
-    return base64.b64encode(bytes((share * 255).round().long().flatten().tolist())).decode("ascii")
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:

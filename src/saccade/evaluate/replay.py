@@ -6,6 +6,7 @@ the method itself; the inputs are dense attention's, so errors of lower layers a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,21 @@ class LayerReplay:
         """The selection by which the last `feed`, of n_q tokens, was computed; None for dense attention."""
         found = last_run().selection
         return found if found is not None and found.n_q == n_q else None
+
+    def chosen(self, n: int) -> Selection | None:
+        """What the prefill method selects for the first n tokens, which were fed; None where it read everything.
+
+        Not what ran last: a method may attend in several passes, or over keys in another order.
+        """
+        method = self.runner.prefill
+        pairs = self.runner.stats.prefill
+        if method is None or pairs.computed >= pairs.visible:
+            return None
+        plans = self.runner.plans
+        # layers may hand selections on; -1 is no piece's place in `shared`
+        shared = self.shared.setdefault(-1, {})
+        ctx = replace(self.ctx, plan=plans.get(method.info.slug), plans=plans, state={}, shared=shared)
+        return method.select(ctx, *(x[:, :, :n] for x in (self.q, self.k, self.v)))
 
     def held(self, n: int) -> Tensor:
         """Which of the first n tokens the cache still has an entry of: `(Hk, n)` bool."""

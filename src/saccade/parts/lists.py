@@ -21,10 +21,13 @@ class KeyLists(NamedTuple):
     starts: Tensor
     tokens: Tensor
 
-    def selection(self, *, n_q: int, n_k: int, block: int) -> Selection:
-        """The Selection with query and key tiles of `block`. The lists hold what `Selection.from_parts` would have to sort out."""
+    def selection(self, *, n_q: int, n_k: int, block: int, block_q: int | None = None) -> Selection:
+        """The Selection with key tiles of `block` and query tiles of `block_q` (default: the same).
+
+        The lists hold what `Selection.from_parts` would have to sort out.
+        """
         return Selection(
-            n_q=n_q, n_k=n_k, block_q=block, block_k=block, starts=self.starts, tokens=self.tokens,
+            n_q=n_q, n_k=n_k, block_q=block_q or block, block_k=block, starts=self.starts, tokens=self.tokens,
             start_counts=(self.starts < n_k).sum(-1, dtype=torch.int32),
             token_counts=(self.tokens < n_k).sum(-1, dtype=torch.int32),
             aligned=not bool(((self.starts % block != 0) & (self.starts < n_k)).any()),
@@ -51,6 +54,21 @@ def compact(ids: Tensor, keep: Tensor, n_k: int) -> Tensor:
     slots = torch.where(keep, counts - 1, longest).long()
     kept = torch.full((*slots.shape[:-1], longest + 1), n_k, dtype=torch.int32, device=ids.device)
     return kept.scatter_(-1, slots, ids.to(torch.int32).expand(slots.shape))[..., :longest]
+
+
+def hits(mask: Tensor) -> Tensor:
+    """The positions of the True entries of `mask (..., n)`, ascending, int32 `(..., longest)`, past the end n.
+
+    The same as `list_true`, for masks with few entries: the work goes with those that are True.
+    """
+    n = mask.shape[-1]
+    rows, found = mask.flatten(0, -2).nonzero(as_tuple=True)
+    counts = mask.sum(-1).flatten()
+    longest = int(counts.max()) if counts.numel() else 0
+    slots = torch.arange(rows.shape[0], device=mask.device) - (counts.cumsum(0) - counts)[rows]
+    listed = torch.full((counts.shape[0], longest), n, dtype=torch.int32, device=mask.device)
+    listed[rows, slots] = found.to(torch.int32)
+    return listed.view(*mask.shape[:-1], longest)
 
 
 def outside(tokens: Tensor, starts: Tensor, ends: Tensor, block: int, n_k: int) -> Tensor:

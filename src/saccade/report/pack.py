@@ -12,6 +12,7 @@ from typing import Any
 
 from saccade.report.result import finite
 
+SCORES = ("sink", "retrieval")
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -48,12 +49,14 @@ def pack_attention(attention: dict[str, Any] | None, methods: list[str]) -> Atte
     """Pool the maps of each layer into one stream, equal maps once (a group's heads often share a selection).
 
     `attention` is the result's part of that name: maps are base64 of `size * size` bytes. Methods keep the order of
-    `methods`.
+    `methods`. Scores of heads and the texts of the tiles come along where the result has them.
     Raises ValueError on a map that is not base64 or not of its declared size.
     """
     if not attention or not attention.get("layers"):
         return None
     index: dict[str, Any] = {key: attention.get(key) for key in ("prompt", "length", "pool")}
+    if attention.get("texts"):
+        index["texts"] = attention["texts"]
     index["layers"] = []
     layers: list[str] = []
     named: set[str] = set()
@@ -78,6 +81,7 @@ def pack_attention(attention: dict[str, Any] | None, methods: list[str]) -> Atte
                     },
                     "mass": finite(head.get("mass") or {}),
                     "density": finite(head.get("density") or {}),
+                    **{score: finite(head[score]) for score in SCORES if score in head},
                 }
             )
         index["layers"].append({"layer": layer["layer"], "heads": heads})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from tests.methods.cache.needles import BYTE, pocket
 from torch import Tensor
 
 import saccade
-from saccade.core import HeadLayout, LayerContext, Plan, Prefill, Selection
+from saccade.core import HeadLayout, LayerContext, Partial, Plan, Prefill, Selection
 from saccade.ops import attend
 
 FREQUENCIES = 256
@@ -47,20 +48,24 @@ def planted(
 
 
 def context(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, plan: Plan | None = None, layer: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, plan: Plan | None = None, layer: int = 0, layers: int = 0,
     ran: list[Selection | None] | None = None,
 ) -> LayerContext:  # fmt: skip
     """The context of one call on bare tensors; `ran` collects what attention was run over."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None) -> Tensor:
+    def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
         if ran is not None:
             ran.append(selection)
-        return attend(q, k, v, selection, scale=scale).out
+        return attend(q, k, v, selection, **{"scale": factor, "return_lse": True, **options})
+
+    def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
+        return partial(q, k, v, selection, **{"return_lse": False, **options}).out
 
     return LayerContext(
-        layer=layer, layers=layer + 1, layout=HeadLayout.of(q, k, v), scale=scale, attend=run, seen=k.shape[2], plan=plan
-    )
+        layer=layer, layers=layers or layer + 1, layout=HeadLayout.of(q, k, v), scale=factor, attend=run, partial=partial,
+        seen=k.shape[2], plan=plan,
+    )  # fmt: skip
 
 
 def selected(method: Prefill, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, plan: Plan | None = None) -> Selection:

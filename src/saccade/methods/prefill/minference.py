@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from saccade.core import Calibrated, Info, LayerContext, Prefill, Selection, register
+from saccade.ops.estimate import TileGrid, pooled_scores, row_sums
 from saccade.parts import patterns
 from saccade.parts.choose import ranks
 from saccade.parts.equalcost import largest_within
 from saccade.parts.lists import KeyLists, join_heads, open_rows, tile_ends
-from saccade.parts.pooling import pool_mean
-from saccade.parts.probe import diagonal_mass, last_rows, row_probabilities
 from saccade.parts.sizes import check_size, resolve
 
 PATTERNS = ("a-shape", "vertical-slash", "block-sparse")
@@ -137,9 +136,9 @@ class MInference(Prefill, Calibrated):
     def _rank(self, ctx: LayerContext, q: Tensor, k: Tensor, shapes: Tensor) -> Ranked:
         columns = offsets = by_block = None
         if bool((shapes == VERTICAL_SLASH).any()):
-            rows = last_rows(q.shape[2], self.probe, q.device)
-            p = row_probabilities(q, k, rows, scale=ctx.scale, softcap=ctx.softcap)
-            vertical, slash = p.sum(-2), diagonal_mass(p)
+            sums = row_sums(q[:, :, -self.probe :], k, diagonals=True, scale=ctx.scale, softcap=ctx.softcap)
+            vertical, slash = sums.columns, sums.diagonals
+            assert slash is not None
             vertical[..., : self.sinks] = torch.inf
             slash[..., : self.near] = torch.inf
             columns, offsets = ranks(vertical), ranks(slash)
@@ -148,17 +147,14 @@ class MInference(Prefill, Calibrated):
         return Ranked(columns, offsets, by_block)
 
     def _rank_blocks(self, q: Tensor, k: Tensor) -> Tensor:
-        n_q, n_k = q.shape[2], k.shape[2]
-        pooled_q, pooled_k = pool_mean(q, self.block), pool_mean(k, self.block)
-        scores = (pooled_q.unflatten(1, (k.shape[1], -1)) @ pooled_k.unsqueeze(2).mT).flatten(1, 2)
-        ends = tile_ends(n_q, n_k, self.block, q.device).unsqueeze(-1)
-        begin = torch.arange(pooled_k.shape[2], device=q.device) * self.block
-        if (n_k - n_q) % self.block:
+        grid = TileGrid.of(q, k, self.block, self.block)
+        scores = pooled_scores(q, k, self.block, self.block)
+        if grid.offset % self.block:
             # a chunk that begins inside a block: the block of its tiles' first rows must be there, or those rows may see nothing
-            first = ends - self.block
+            first = (tile_ends(grid.n_q, grid.n_k, self.block, q.device) - self.block).unsqueeze(-1)
+            begin = torch.arange(grid.columns, device=q.device) * self.block
             scores = scores.masked_fill((begin <= first) & (first < begin + self.block), torch.inf)
-        visible = begin < ends
-        return ranks(scores.masked_fill(~visible, -torch.inf)).masked_fill(~visible, pooled_k.shape[2])
+        return ranks(scores).masked_fill(~grid.visible(q.device), grid.columns)
 
     def _lists(self, ranked: Ranked, shapes: Tensor, sizes: Tensor, n_q: int, n_k: int) -> KeyLists:
         """Lists of all heads, whose sizes are `(B or 1, Hq, 2)`."""

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saccade.core import Info, LayerContext, Mass, Prefill, Selection, register
+from saccade.ops.estimate import row_sums
 from saccade.parts.choose import choose
 from saccade.parts.lists import tile_ends
 from saccade.parts.patterns import band_and_columns
-from saccade.parts.probe import column_mass, strided_rows
+from saccade.parts.probe import strided_rows
 from saccade.parts.sizes import resolve
 
 
@@ -59,7 +60,8 @@ class SampleAttention(Prefill):
     def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         n_q, n_k = q.shape[2], k.shape[2]
         rows = strided_rows(n_q, self.row_share, q.device)
-        columns = choose(column_mass(q, k, rows, scale=ctx.scale, softcap=ctx.softcap), Mass(self.alpha))
+        mass = row_sums(q[:, :, rows], k, rows + n_k - n_q, scale=ctx.scale, softcap=ctx.softcap).columns
+        columns = choose(mass, Mass(self.alpha))
         width = resolve(float(self.window_share), n_k)
         lists = band_and_columns(columns, width, tile_ends(n_q, n_k, self.block, q.device), self.block)
         return lists.selection(n_q=n_q, n_k=n_k, block=self.block)

@@ -135,9 +135,10 @@ const saccade = (() => {
 
   // Headings and rows that are jumped to stop below the bar of methods, whose height depends on how many there are.
   const bar = document.querySelector(".bar");
-  new ResizeObserver(() => {
+  const spare = new ResizeObserver(() => {
     document.documentElement.style.scrollPaddingTop = `${bar.offsetHeight + 12}px`;
-  }).observe(bar);
+  });
+  if (bar) spare.observe(bar);
 
   let width = innerWidth;
   let waiting = 0;
@@ -175,7 +176,8 @@ const saccade = (() => {
     });
   });
 
-  const plotly = (async () => {
+  // A page without charts carries no plotly.
+  const plotly = byId("plotly") && (async () => {
     const script = document.createElement("script");
     script.textContent = new TextDecoder().decode(await inflate("plotly"));
     document.head.append(script);

@@ -1,0 +1,1 @@
+"""Static patterns: what is read depends on positions, never on content."""

@@ -1,0 +1,79 @@
+"""The gallery: pictures as PNG files, heads by what they show, a page that names every number."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+
+from saccade.report.gallery import GAP, INK, PAGE, SCALE, Entry, picture, write_gallery
+from saccade.report.png import png
+
+
+def head(size: int, ink: list[int], kept: list[int]) -> dict[str, object]:
+    return {
+        "head": 0, "layer": 0, "size": size, "map": base64.b64encode(bytes(ink)).decode(),
+        "selections": {"quest": base64.b64encode(bytes(kept)).decode()}, "mass": {"quest": 0.75}, "density": {"quest": 0.5},
+    }  # fmt: skip
+
+
+def entry(*heads: dict[str, object]) -> Entry:
+    about, url = "Pages by bound.", "https://arxiv.org/abs/2406.10774"
+    return Entry(slug="quest", spec="quest", family="decode", about=about, url=url, heads=list(heads))
+
+
+def decode(data: bytes) -> tuple[int, int, bytes]:
+    """Width, height and pixels of a PNG whose rows are not filtered; checks the sums of its chunks."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, parts = 8, {}
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        parts[kind] = body
+        at += 12 + length
+    width, height = struct.unpack(">II", parts[b"IHDR"][:8])
+    raw = zlib.decompress(parts[b"IDAT"])
+    rows = [raw[y * (3 * width + 1) : (y + 1) * (3 * width + 1)] for y in range(height)]
+    assert all(row[0] == 0 for row in rows)
+    return width, height, b"".join(row[1:] for row in rows)
+
+
+def test_png_holds_its_pixels() -> None:
+    pixels = bytes(range(2 * 3 * 3))
+    assert decode(png(2, 3, pixels)) == (2, 3, pixels)
+    with pytest.raises(ValueError, match="no picture of 2 x 2"):
+        png(2, 2, pixels)
+
+
+def test_colours_say_what_is_read_and_what_is_missed() -> None:
+    # first column: attention that is read, attention that is missed; then read without attention
+    width, height, pixels = picture(entry(head(2, [255, 0, 255, 0], [255, 0, 0, 255])))
+    assert (width, height) == (2 * SCALE, 2 * SCALE)
+
+    def at(x: int, y: int) -> tuple[int, ...]:
+        place = 3 * (y * SCALE * width + x * SCALE)
+        return tuple(pixels[place : place + 3])
+
+    assert at(0, 0) == INK and at(1, 0) == (PAGE,) * 3
+    missed, idle = at(0, 1), at(1, 1)
+    assert max(missed) - min(missed) < 12 and sum(INK) < sum(missed) < 3 * PAGE  # grey, lighter than what is read
+    assert idle[2] > idle[0] + 40  # blue
+
+
+def test_heads_stand_side_by_side() -> None:
+    one = head(2, [0] * 4, [0] * 4)
+    width, height, _ = picture(entry(one, one, one))
+    assert (width, height) == (3 * 2 * SCALE + 2 * GAP, 2 * SCALE)
+
+
+def test_the_page_names_its_numbers_and_its_command(tmp_path: Path) -> None:
+    path = write_gallery([entry(head(1, [9], [9]))], tmp_path / "out", caption="Four heads.", command="saccade gallery")
+    page = path.read_text(encoding="utf-8")
+    for part in ("## decode", "[quest](https://arxiv.org/abs/2406.10774)", "quest.png", "50% of the visible", "75% of the attention"):
+        assert part in page
+    assert "`saccade gallery`" in page
+    assert decode((path.parent / "quest.png").read_bytes())[:2] == (SCALE, SCALE)
