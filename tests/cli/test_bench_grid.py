@@ -41,7 +41,7 @@ def test_the_quick_grid_of_attend(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output + done.stderr
     found = json.loads(out.read_text())
     check_schema(found, "attend")
-    assert {"dense forward", "dense forward+backward", "tiles", "pages of 16", "single tokens", "pooled top-k"} == {
+    assert {"dense forward", "dense forward+backward", "tiles", "pages of 16", "single tokens", "pooled top-k", "int8 dense"} == {
         row["family"] for row in found["rows"]
     }
     slopes = {line["contestant"]: line["exponent"] for line in found["growth"]}

@@ -236,14 +236,14 @@ def test_generation_by_searching() -> None:
     with saccade.attach(pocket(), decode=spec) as handle, torch.no_grad():
         out = pocket().generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=2)
         density = handle.stats().decode_density
-        guessed = pocket().generate(ids[:1], max_new_tokens=8, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=4)
+        guessed = pocket().generate(ids[:1, :300], max_new_tokens=8, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=4)
     texts = [bytes(max(0, token - 3) for token in row) for row in out[:, ids.shape[1] :].tolist()]
     assert all(a.startswith(b[: len(a)]) for a, b in zip(answers, texts, strict=True)), texts
     assert density is not None and density < 0.4
-    assert guessed.shape[1] == ids.shape[1] + 8
+    assert guessed.shape[1] == 308
     with saccade.attach(pocket(), decode="hip(top_k=4096)"), torch.no_grad():
-        opened = pocket().generate(ids, max_new_tokens=8, do_sample=False, num_beams=2, pad_token_id=0)
-    assert torch.equal(opened, pocket().generate(ids, max_new_tokens=8, do_sample=False, num_beams=2, pad_token_id=0))
+        opened = pocket().generate(ids[:, :300], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0)
+    assert torch.equal(opened, pocket().generate(ids[:, :300], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0))
 
 
 def test_rewinding_forgets_a_later_search() -> None:
