@@ -13,6 +13,7 @@ _DOORS = {
     "attach": "saccade.attach",
     "attention": "saccade.attach",
     "calibrate": "saccade.attach",
+    "load_cache": "saccade.attach",
     "memory": "saccade.attach",
     "last_run": "saccade.ops",
     "pocket": "saccade.models.pocket",
@@ -20,7 +21,7 @@ _DOORS = {
     "Selection": "saccade.core",
 }
 
-__all__ = ["Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "memory", "pocket"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "load_cache", "memory", "pocket"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Package(ModuleType):

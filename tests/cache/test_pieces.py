@@ -120,7 +120,7 @@ def test_a_new_segment_must_hold_what_it_replaces() -> None:
         slots.seal(Plain(part), 4)
     with pytest.raises(ValueError, match="expected"):
         slots.keep(torch.zeros(1, 3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="rekey was given keys"):
-        slots.rekey(slots.keys[:, :, :5])
+    with pytest.raises(ValueError, match="rewrite was given keys"):
+        slots.rewrite(keys=slots.keys[:, :, :5])
     with pytest.raises(ValueError, match="negative number"):
         single.layer.crop(3)

@@ -3,7 +3,8 @@
 from saccade.attach.calibration import calibrate
 from saccade.attach.capture import Captured, capture
 from saccade.attach.doors import attach, attention, memory
+from saccade.attach.saving import load_cache
 from saccade.attach.session import Session
 from saccade.attach.stats import Stats
 
-__all__ = ["Captured", "Session", "Stats", "attach", "attention", "calibrate", "capture", "memory"]
+__all__ = ["Captured", "Session", "Stats", "attach", "attention", "calibrate", "capture", "load_cache", "memory"]

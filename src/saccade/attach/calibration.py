@@ -89,7 +89,7 @@ def calibrate(
     if seen < resumed:
         raise ValueError(f"{partial} has seen {resumed} batches, only {seen} were given: use the same arguments or remove the file")
     layers = dict(sorted(found.layers.items()))
-    concluded = chosen.conclude_all(layers) if by_gradient else {layer: chosen.conclude(sums) for layer, sums in layers.items()}
+    concluded = chosen.conclude_all(layers)
     tensors = {f"layer.{layer}.{name}": value for layer, tensors in concluded.items() for name, value in tensors.items()}
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     return Plan(

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from saccade.attach.calls import attention_calls
 from saccade.attach.models import attention_modules
 from saccade.attach.session import _SESSIONS, Session
-from saccade.core import CachePolicy, Decode, LayerContext, Method, Partial, Plan, Prefill, Selection, check_attention_inputs
-from saccade.methods import build
-from saccade.ops import attend, decode
+from saccade.core import CachePolicy, Decode, LayerContext, Method, Phase, Plan, Prefill, Selection, check_attention_inputs
+from saccade.methods import build, complete
 
 PlanLike = Plan | str | Path
 
@@ -40,11 +40,10 @@ def attach(
     Inside the block `model(**inputs)`, `model.generate(**inputs)`, chunked prefill, beam search, padding, later turns and prompt lookup
     work as they do without it. `handle.stats()` says what ran. Raises ValueError when the model or a combination can't be attached.
     """
-    def method(given: str | Method | None) -> Any:
-        return None if given is None or given == "dense" else build(given)
-
+    given = {"prefill": prefill, "decode": decode, "cache": cache}
+    methods: dict[str, Any] = complete({place: build(m) for place, m in given.items() if m is not None and m != "dense"})
     plans = {p.slug: p for p in _plans(plan)}
-    return Session(model, method(prefill), method(decode), method(cache), plans, when, impl, seed)
+    return Session(model, methods.get("prefill"), methods.get("decode"), methods.get("cache"), plans, when, impl, seed)
 
 
 def _plans(plan: PlanLike | Iterable[PlanLike] | None) -> list[Plan]:
@@ -78,9 +77,8 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = None if method == "dense" else build(method)
 
-    def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
-        settings = {"causal": causal, "scale": factor, "softcap": softcap, "impl": impl, "return_lse": True, **options}
-        return attend(q, k, v, selection, **settings)
+    phase: Phase = "decode" if isinstance(chosen, Decode) and q.shape[2] == 1 else "prefill"
+    partial = attention_calls(phase, scale=factor, softcap=softcap, impl=impl, causal=causal)
 
     def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
         return partial(q, k, v, selection, **{"return_lse": False, **options}).out
@@ -93,10 +91,10 @@ def attention(
     if "calibration" in chosen.info.needs and not plans:
         raise ValueError(f"{chosen.info.slug} needs a calibration plan: pass plan=")
     ctx = LayerContext(
-        layer=layer, layers=layers, layout=layout, scale=factor, softcap=softcap, attend=run, partial=partial,
+        layer=layer, layers=layers, layout=layout, scale=factor, softcap=softcap, attend=run, partial=partial, phase=phase,
         seen=k.shape[2], plan=plans[0] if plans else None, plans={p.slug: p for p in plans}, seed=seed,
     )  # fmt: skip
-    if isinstance(chosen, Prefill):
+    if isinstance(chosen, Prefill) and phase == "prefill":
         return chosen.attend(ctx, q, k, v)
     if isinstance(chosen, Decode):
         if q.shape[2] != 1:
@@ -104,7 +102,7 @@ def attention(
         if chosen.layer_policy(layer, layers) == "dense":
             return run(q, k, v, None)
         chosen.observe(ctx, k, v, 0)
-        return decode(q, k, v, chosen.select(ctx, q), scale=factor, softcap=softcap).out
+        return chosen.attend(ctx, q, k, v)
     raise ValueError(f"{chosen.info.slug} changes a model's cache: use saccade.attach(model, cache={chosen.spec!r})")
 
 

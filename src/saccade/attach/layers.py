@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.attach.calls import attention_calls
 from saccade.attach.stats import LayerStats, computed_pairs
-from saccade.cache import KVLayer, Segment, Slots
+from saccade.cache import CallFacts, KVLayer, Segment, Slots
 from saccade.cache.segment import attend_rectangle
-from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Plan, Prefill, Rotary, Selection, merge
+from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Phase, Plan, Prefill, Rotary, Selection, merge
 from saccade.ops import attend, decode
 
 STEP_QUERIES = 16  # calls of up to this many queries on a filled cache are decoding (single steps or verified guesses)
@@ -44,22 +45,17 @@ class LayerRunner:
     seed: int
     rotary: Rotary | None = None
     stats: LayerStats = field(default_factory=LayerStats)
-    _last: LayerCall | None = None
-    _layout: HeadLayout | None = None
 
     # -- one attention call ------------------------------------------------------------------------------------------------
 
     def run(self, call: LayerCall, layer: KVLayer | None) -> Tensor:
         """Attention output `(B, Hq, m, Dv)`; the new tokens are already stored."""
-        self._last = LayerCall(
-            q=call.q[:, :, :0], k=call.k[:, :, :0], v=call.v[:, :, :0], scale=call.scale, softcap=call.softcap, real=None, shared={}
-        )
-        self._layout = HeadLayout.of(call.q, call.k, call.v)
         if layer is None:
             rows = _rows(call.q.shape[0], call.real is not None)
             parts = [self._without_cache(call, row) for row in rows]
         else:
-            rows = _rows(call.q.shape[0], layer.padded)
+            layer.facts = CallFacts(layout=HeadLayout.of(call.q, call.k, call.v), scale=call.scale, softcap=call.softcap)
+            rows = layer.rows()
             parts = [self._with_cache(call, layer, row) for row in rows]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         if layer is not None:
@@ -81,7 +77,7 @@ class LayerRunner:
         segments = [s for s in layer.segments if s.row is None or s.row == row]
         k, v = self._entries(call, layer, row)
         first = layer.seen == call.q.shape[2]
-        phase = "prefill" if first or call.q.shape[2] > STEP_QUERIES else "decode"
+        phase: Phase = "prefill" if first or call.q.shape[2] > STEP_QUERIES else "decode"
         ctx = self._context(call, row, layer, seen=layer.seen, phase=phase)
         method = self.decode if phase == "decode" else self.prefill
         if method is not None and row is not None and segments and not any(s.encoded for s in segments):
@@ -127,7 +123,7 @@ class LayerRunner:
     ) -> Tensor:
         """Decoding: single steps, or a few guessed tokens to be verified, each handled as if it had come alone."""
         m, n = q.shape[2], k.shape[2]
-        if self.decode is None or segments:
+        if self.decode is None or (segments and self.decode != self.policy):
             sealed = sum(s.length for s in segments)
             parts = [_read_segment(s, q, row, ctx) for s in segments]
             if not segments or n:
@@ -139,35 +135,25 @@ class LayerRunner:
         outs = []
         for i in range(m):
             end = n - m + i + 1
-            selection = self._step_selection(ctx, layer, q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], row)
-            part = decode(
-                q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], selection, scale=ctx.scale, softcap=ctx.softcap,
-                impl="reference" if self.impl == "reference" else "auto",
-            )  # fmt: skip
-            self._count(self.stats.decode, selection, 1, end, ctx.seen - m + i + 1)
-            outs.append(part.out)
+            step = replace(ctx, seen=ctx.seen - m + i + 1, shared=ctx.shared.setdefault(i, {}), segments=segments)
+            outs.append(self._step(step, layer, q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], row))
         return torch.cat(outs, dim=2)
 
-    def _step_selection(
-        self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, row: int | None
-    ) -> Selection | None:
-        """Bring the index up to date and choose; None for a dense layer."""
+    def _step(self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, row: int | None) -> Tensor:
+        """One query by the decode method, with an index that is up to date."""
         assert self.decode is not None
+        self.stats.decode.add(0, ctx.seen)
         policy = self.decode.layer_policy(self.layer, self.layers)
         if policy == "dense":
-            return None
+            return ctx.attend(q, k, v, None)
         if isinstance(policy, int):
-            if (name := f"selection of layer {policy}") not in ctx.shared:
-                raise ValueError(f"layer {self.layer} reuses the selection of layer {policy}, which has made none in this step")
-            return ctx.shared[name]
+            return ctx.attend(q, k, v, ctx.published(policy))
         bookkeeping = layer.states.get("observed", row)
         start = bookkeeping.get("n", 0)
         if start < k.shape[2]:
             self.decode.observe(ctx, k[:, :, start:], v[:, :, start:], start)
             bookkeeping["n"] = k.shape[2]
-        selection = self.decode.select(ctx, q)
-        ctx.shared[f"selection of layer {self.layer}"] = selection
-        return selection
+        return self.decode.attend(ctx, q, k, v)
 
     # -- cache policies ----------------------------------------------------------------------------------------------------
 
@@ -179,11 +165,11 @@ class LayerRunner:
     def after_crop(self, layer: KVLayer, removed: int) -> None:
         """Tokens were taken back: what was stored with them was a guess being verified, or a prompt with guesses at its end."""
         if self.decode is not None and layer.tail is not None:
-            for row in _rows(layer.tail.keys.shape[0], layer.padded):
+            for row in layer.rows():
                 n = layer.tail.n if row is None else layer.tail_row(row).keys.shape[2]
                 bookkeeping = layer.states.get("observed", row)
                 if bookkeeping.get("n", 0) > n:
-                    ctx = self._context(self._last, row, layer, seen=layer.seen, phase="decode")
+                    ctx = self._context(None, row, layer, seen=layer.seen, phase="decode")
                     bookkeeping["n"] = self.decode.rewind(ctx, n)
         if layer.pending:
             was_prompt = layer.pending - removed > STEP_QUERIES or layer.pending - removed >= layer.seen
@@ -196,7 +182,7 @@ class LayerRunner:
     def end_prompt(self, layer: KVLayer) -> None:
         """Let the cache policy act on all entries."""
         layer.pending = 0
-        if self.policy is not None and layer.tail is not None and self._last is not None:
+        if self.policy is not None and layer.tail is not None:
             self._compress(layer, None)
 
     def _after(self, call: LayerCall, layer: KVLayer, rows: list[int | None]) -> None:
@@ -227,9 +213,9 @@ class LayerRunner:
         lengths = layer.full_precision_lengths()
         # rows that differ by padding reach their limits at different steps
         due = [
-            row for row in _rows(len(lengths), layer.padded)
+            row for row in layer.rows()
             if self.policy.due(
-                self._context(self._last, row, layer, seen=layer.seen, phase="cache"), max(lengths) if row is None else lengths[row]
+                self._context(None, row, layer, seen=layer.seen, phase="cache"), max(lengths) if row is None else lengths[row]
             )
         ]  # fmt: skip
         if due:
@@ -241,17 +227,17 @@ class LayerRunner:
         """Let the policy act on the rows that are due (default: all)."""
         assert self.policy is not None and layer.tail is not None
         opened = []
-        for row in _rows(layer.tail.keys.shape[0], layer.padded):
+        for row in layer.rows():
             slots = self._open(layer, row, wide)
             if due is None or row in due:
-                ctx = self._context(self._last, row, layer, seen=layer.seen, phase="cache")
+                ctx = self._context(None, row, layer, seen=layer.seen, phase="cache")
                 self.policy.compress(ctx, slots)
             opened.append((row, slots))
         moved = any(slots.moved for _, slots in opened)
         layer.close(opened)
         if moved and self.decode is not None:
             # slots have moved: the index is made again from what is left
-            for row in _rows(layer.tail.keys.shape[0], layer.padded):
+            for row in layer.rows():
                 layer.states.get("decode", row).clear()
                 layer.states.get("observed", row).clear()
         self.stats.compressions += 1
@@ -277,30 +263,34 @@ class LayerRunner:
     # -- context and counts ------------------------------------------------------------------------------------------------
 
     def _context(
-        self, call: LayerCall | None, row: int | None, layer: KVLayer | None, *, seen: int, phase: str
+        self, call: LayerCall | None, row: int | None, layer: KVLayer | None, *, seen: int, phase: Phase
     ) -> LayerContext:
-        assert call is not None and self._layout is not None
+        call = call or _between_calls(layer)
+        layout = HeadLayout.of(call.q, call.k, call.v)
         method = {"prefill": self.prefill, "decode": self.decode, "cache": self.policy}[phase]
         real_seen = seen if layer is None or row is None else layer.real_seen(row)
 
-        whole = self._layout.query_heads * (call.q.shape[0] if row is None else 1)
+        whole = layout.query_heads * (call.q.shape[0] if row is None else 1)
+        pairs = self.stats.decode if phase == "decode" else self.stats.prefill
+
+        attention = attention_calls(phase, scale=call.scale, softcap=call.softcap, impl=self.impl)
 
         def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
-            settings = {"scale": call.scale, "softcap": call.softcap, "impl": self.impl, "return_lse": True, **options}
-            out = attend(q, k, v, selection, **settings)
+            out = attention(q, k, v, selection, **options)
             # a pass over some of the heads counts in proportion: pairs are means over heads
             share = q.shape[0] * q.shape[1] / whole
-            self.stats.prefill.add(share * computed_pairs(q.shape[2], k.shape[2], selection, options), 0)
+            pairs.add(share * computed_pairs(q.shape[2], k.shape[2], selection, options), 0)
             return out
 
         def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
             return partial(q, k, v, selection, **{"return_lse": False, **options}).out
 
         return LayerContext(
-            layer=self.layer, layers=self.layers, layout=self._layout, scale=call.scale, softcap=call.softcap, attend=run,
-            partial=partial, count=lambda pairs: self.stats.prefill.add(pairs, 0), seen=real_seen,
+            layer=self.layer, layers=self.layers, layout=layout, scale=call.scale, softcap=call.softcap, attend=run,
+            partial=partial, phase=phase, count=lambda computed: pairs.add(computed, 0), seen=real_seen,
             plan=None if method is None else self.plans.get(method.info.slug), plans=self.plans,
-            state={} if layer is None else layer.states.get(phase, row), shared=call.shared, seed=self.seed, rotary=self.rotary,
+            state={} if layer is None else layer.states.get(phase, row), shared=call.shared.setdefault(row, {}),
+            sequence={} if layer is None else layer.sequence(row), seed=self.seed, rotary=self.rotary,
         )  # fmt: skip
 
     def _count(self, pairs: Any, selection: Selection | None, n_q: int, n_k: int, seen: int, sealed: int = 0) -> None:
@@ -310,6 +300,15 @@ class LayerRunner:
     def _snapshot(self, layer: KVLayer) -> None:
         self.stats.kept = layer.lengths()
         self.stats.kv_bytes, self.stats.index_bytes, self.stats.seen = layer.kv_bytes, layer.side_bytes, layer.seen
+
+
+def _between_calls(layer: KVLayer | None) -> LayerCall:
+    """What a method may know while no attention call runs: that of the layer's last one, without its tokens."""
+    assert layer is not None and layer.facts is not None and layer.tail is not None
+    (layout, scale, softcap), batch = (layer.facts.layout, layer.facts.scale, layer.facts.softcap), layer.tail.keys.shape[0]
+    heads = ((layout.query_heads, layout.head_dim), (layout.kv_heads, layout.head_dim), (layout.kv_heads, layout.value_dim))
+    q, k, v = (layer.tail.keys.new_empty(batch, count, 0, dim) for count, dim in heads)
+    return LayerCall(q=q, k=k, v=v, scale=scale, softcap=softcap, real=None, shared={})
 
 
 def _visible(n_q: int, seen: int) -> float:

@@ -70,15 +70,22 @@ def check_methods(model: PreTrainedModel, methods: dict[str, Method | None]) -> 
         if method is not None and not isinstance(method, kinds[place]):
             raise ValueError(f"{method.info.slug} acts on the {method.info.phase} phase: pass it as {method.info.phase}=, not {place}=")
     policy, decode = methods.get("cache"), methods.get("decode")
-    if policy is None or not policy.info.encodes:
+    if policy is None:
         return
-    if caches_latents(model):
+    latents = caches_latents(model)
+    if policy.info.encodes and latents:
         raise ValueError(
             f"{policy.info.slug} encodes keys and values head by head, {type(model).__name__} caches one latent for all heads"
         )
-    if decode is not None:
+    if decode is None or decode == policy:
+        return
+    if policy.info.encodes:
         raise ValueError(
             f"{decode.info.slug} picks single entries of a full-precision cache and {policy.info.slug} encodes them: use one of the two"
+        )
+    if policy.info.ragged:
+        raise ValueError(
+            f"{decode.info.slug} needs heads that hold equally many entries, which {policy.info.slug} does not keep: use one of the two"
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -16,6 +18,7 @@ from saccade.attach.layers import LayerCall, LayerRunner
 from saccade.attach.masks import mask_call, remember_mask
 from saccade.attach.models import attention_modules, check_methods, managed_layers, text_config
 from saccade.attach.rotary import rotary_of
+from saccade.attach.saving import save_cache
 from saccade.attach.stats import LayerStats, Stats, summarise
 from saccade.cache import KVLayer
 from saccade.core import CachePolicy, Decode, Plan, Prefill
@@ -35,8 +38,8 @@ class Session:
         self.model = model
         self.managed = managed_layers(model)
         check_methods(model, {"prefill": prefill, "decode": decode, "cache": cache})
-        for method in (prefill, decode, cache):
-            if method is not None and "calibration" in method.info.needs and method.info.slug not in plans:
+        for method in (member for given in (prefill, decode, cache) if given is not None for member in given.members):
+            if "calibration" in method.info.needs and method.info.slug not in plans:
                 raise ValueError(
                     f"{method.info.slug} needs a calibration plan for this model: run "
                     f"`saccade calibrate {method.info.slug} --model M -o plan.safetensors` and pass plan="
@@ -47,6 +50,8 @@ class Session:
             raise ValueError(f"when={when!r} is not 'prompt' (compress once the prompt has ended) or 'call' (after every call)")
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        given = {"prefill": prefill, "decode": decode, "cache": cache}
+        self.methods = {phase: method.spec for phase, method in given.items() if method is not None}
         layers = int(text_config(model).num_hidden_layers)
         self._runners = {
             index: LayerRunner(
@@ -58,6 +63,7 @@ class Session:
         self._cache: weakref.ref[Cache] | None = None
         self._shared: dict[str, Any] = {}
         self._real: Tensor | None = None
+        self._vision: Tensor | None = None
         self._restore: list[Any] = []
         self._original: Any = None
 
@@ -116,6 +122,22 @@ class Session:
             if isinstance(layer, KVLayer):
                 runner.end_prompt(layer)
 
+    def save(self, path: str | Path, cache: Cache | None = None) -> Path:
+        """Write the cache of the last call (or `cache`) with all that its methods know of it; `saccade.load_cache` reads it.
+
+        One safetensors file, on the CPU's side. ValueError when there is no cache, or a layer of it can't be saved.
+        """
+        cache = self.cache if cache is None else cache
+        if cache is None:
+            raise ValueError("there is no cache to save: run the model on a prompt and keep its past_key_values")
+        return save_cache(path, cache, self.model, self.methods)
+
+    def mark_vision(self, mask: Tensor) -> None:
+        """Say which tokens of the next input stand for images or video, `(B, m)` bool: for models given as embeddings, and for trials."""
+        if mask.ndim != 2 or mask.dtype != torch.bool:
+            raise ValueError(f"mark_vision was given {mask.dtype} {tuple(mask.shape)}: expected a bool mask (batch, tokens)")
+        self._vision = mask
+
     # -- transformers' side ------------------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -146,9 +168,25 @@ class Session:
             )
         new = None if mask is None else mask[:, seen:].bool()
         self._real = None if new is None or bool(new.all()) else new
+        vision = self._take_vision(kwargs, inputs)
         for layer in self._live_layers().values():
-            layer.expect(self._real)
+            layer.expect(self._real, vision)
         return (), kwargs
+
+    def _take_vision(self, kwargs: dict[str, Any], inputs: Tensor) -> Tensor | None:
+        """Which of the new tokens stand for images or video: as marked, else by the model's own placeholder ids."""
+        marked, self._vision = self._vision, None
+        if marked is not None:
+            if tuple(marked.shape) != tuple(inputs.shape[:2]):
+                raise ValueError(f"mark_vision was given {tuple(marked.shape)} for an input of {tuple(inputs.shape[:2])}: mark all of it")
+            return marked.to(inputs.device)
+        ids = kwargs.get("input_ids")
+        places = [getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        places = [place for place in places if isinstance(place, int)]
+        if ids is None or not places:
+            return None
+        vision = torch.isin(ids, torch.tensor(places, device=ids.device))
+        return vision if bool(vision.any()) else None
 
     def _install(self, cache: Cache, mask: Tensor | None) -> int:
         """Put KVLayers in place of the plain layers of a dynamic cache; returns the tokens seen."""
@@ -165,6 +203,9 @@ class Session:
                 n = layer.get_seq_length()
                 real = None if mask is None or bool(mask[:, :n].all()) else mask[:, :n].bool()
                 cache.layers[index] = layer = KVLayer.adopt(layer, real)
+            first = cache.layers[self.managed[0]]
+            layer.leader = first if isinstance(first, KVLayer) and first is not layer else None
+            layer.use_methods(self.methods)
             layer.before_append = partial(self._runners[index].before_append, layer)
             layer.after_crop = partial(self._runners[index].after_crop, layer)
         if fresh:

@@ -1,7 +1,7 @@
 """KVLayer: the one cache layer, and the segments it is made of."""
 
-from saccade.cache.layer import KVLayer
+from saccade.cache.layer import CallFacts, KVLayer
 from saccade.cache.segment import PackedSegment, Rectangle, Segment
 from saccade.cache.slots import Slots
 
-__all__ = ["KVLayer", "PackedSegment", "Rectangle", "Segment", "Slots"]
+__all__ = ["CallFacts", "KVLayer", "PackedSegment", "Rectangle", "Segment", "Slots"]

@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from saccade.cache.rows import joined, padded_tail, row_of, row_of_rectangle
 from saccade.cache.segment import PackedSegment, Rectangle, Segment
 from saccade.cache.slots import Slots
 from saccade.cache.state import States
 from saccade.cache.tail import Tail
+from saccade.core import HeadLayout
+
+_BOUND = ("before_append", "after_crop", "leader")  # what ties a layer to an attached model and to its cache
+VISION = "vision"  # the side array that is 1 for tokens of images and video
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFacts:
+    """What the last attention call on a layer told of it."""
+
+    layout: HeadLayout
+    scale: float
+    softcap: float | None
 
 
 class KVLayer(CacheLayerMixin):
@@ -31,10 +47,13 @@ class KVLayer(CacheLayerMixin):
     def __init__(self) -> None:
         self.before_append: Callable[[int], None] | None = None
         self.after_crop: Callable[[int], None] | None = None
+        self.leader: KVLayer | None = None  # the layer of this cache that keeps the sequence's state, None for itself
         self.rectangular = False  # the model itself reads all entries in one piece (latents), so rows are padded, not packed
+        self.methods: dict[str, str] = {}  # phase to spec of the methods whose states these are
         self._clear()
 
     def _clear(self) -> None:
+        self.facts: CallFacts | None = None
         self.segments: list[Segment] = []
         self.tail: Tail | None = None
         self.seen = 0
@@ -42,16 +61,33 @@ class KVLayer(CacheLayerMixin):
         self.pending = 0  # tokens of a prompt that a cache policy has not acted on yet
         self._padding: list[list[int]] = []  # places of padding per batch row, empty when there was none
         self._incoming: Tensor | None = None
+        self._vision: Tensor | None = None
         self.is_initialized = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
-        """A copy of the contents; the callbacks belong to the attached model, which sets them again."""
+        """A copy of the contents that shares the sealed segments, which never change, so that requests can share a prefix.
+
+        The callbacks belong to the attached model, which sets them again.
+        """
         new = KVLayer()
         memo[id(self)] = new
         for name, value in vars(self).items():
-            if name not in ("before_append", "after_crop"):
-                setattr(new, name, copy.deepcopy(value, memo))
+            if name not in _BOUND:
+                setattr(new, name, list(value) if name == "segments" else copy.deepcopy(value, memo))
         return new
+
+    def packed(self) -> dict[str, Any]:
+        """The contents, to be saved."""
+        return {**vars(self), **dict.fromkeys(_BOUND)}
+
+    def use_methods(self, methods: dict[str, str]) -> None:
+        """Forget the states of methods other than these (phase to spec): another method's index means nothing to them."""
+        for phase in self.methods.keys() | methods.keys():
+            if self.methods and self.methods.get(phase) != methods.get(phase):
+                self.states.forget(phase)
+                if phase == "decode":
+                    self.states.forget("observed")
+        self.methods = dict(methods)
 
     @classmethod
     def adopt(cls, layer: DynamicLayer, real: Tensor | None) -> KVLayer:
@@ -81,9 +117,9 @@ class KVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def expect(self, real: Tensor | None) -> None:
-        """Which of the next tokens are not padding: `(B, m)` bool, or None for all."""
-        self._incoming = real
+    def expect(self, real: Tensor | None, vision: Tensor | None = None) -> None:
+        """Which of the next tokens are not padding (None: all), and which stand for images or video (None: none): `(B, m)` bool."""
+        self._incoming, self._vision = real, vision
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values `(B, H, m, ...)`.
@@ -96,13 +132,15 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.tail is not None
         m = key_states.shape[2]
-        real, self._incoming = self._incoming, None
+        (real, vision), (self._incoming, self._vision) = (self._incoming, self._vision), (None, None)
         if real is not None:
             self.states.split(key_states.shape[0])
             missing = [(self.seen + (~row).nonzero().flatten()).tolist() for row in real]
             self._padding = [a + b for a, b in zip(self._padding or [[]] * len(missing), missing, strict=True)]
         positions = torch.arange(self.seen, self.seen + m, device=key_states.device, dtype=torch.int32)
         self.tail.append(key_states, value_states, positions, real)
+        if vision is not None:
+            self.tail.mark(VISION, vision)
         self.seen += m
         return (self.tail.keys, self.tail.values) if self.plain else (key_states, value_states)
 
@@ -169,6 +207,19 @@ class KVLayer(CacheLayerMixin):
         """Rows differ by padding, now or earlier: methods run row by row."""
         return self.states.rows is not None
 
+    def rows(self) -> list[int | None]:
+        """Which rows are run together: all at once (`[None]`), or one by one, so that each sees its own tokens only."""
+        if self.states.rows is None and self.leader is not None and self.leader.states.rows is not None:
+            self.states.split(self.leader.states.rows)
+        return [None] if self.states.rows is None else list(range(self.states.rows))
+
+    def sequence(self, row: int | None) -> dict[str, Any]:
+        """State of the sequence that all layers share; `row` as for the states of this layer."""
+        leader = self.leader or self
+        if row is not None and leader.states.rows is None and self.states.rows is not None:
+            leader.states.split(self.states.rows)
+        return leader.states.get("sequence", row)
+
     def positions(self) -> Tensor:
         """`(B, H, n)` int32: where in the sequence the tail's entries stand."""
         if self.tail is None:
@@ -207,7 +258,7 @@ class KVLayer(CacheLayerMixin):
     def tail_row(self, row: int) -> Rectangle:
         """The tail's entries of one batch row, `(1, H, n, ...)`, padding left out."""
         assert self.tail is not None
-        return _row_of(self.tail, row)
+        return row_of(self.tail, row)
 
     @property
     def kv_bytes(self) -> int:
@@ -228,8 +279,8 @@ class KVLayer(CacheLayerMixin):
         packed = next((s for s in self.segments if isinstance(s, PackedSegment)), None)
         if row is None and packed is None:
             return Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side))
-        tail = _row_of(self.tail, row or 0)
-        return Slots(tail if packed is None else _joined(packed.read_row(row or 0), tail))
+        tail = row_of(self.tail, row or 0)
+        return Slots(tail if packed is None else joined(packed.read_row(row or 0), tail))
 
     def close(self, opened: list[tuple[int | None, Slots]]) -> None:
         """Store what policies made of the entries that `open` gave; untouched entries stay as they are."""
@@ -252,9 +303,9 @@ class KVLayer(CacheLayerMixin):
         if opened[0][0] is None and rows[0].valid is None:
             self.tail = Tail(rows[0])
             return
-        by_row = rows if opened[0][0] is not None else [_row_of_rectangle(rows[0], b) for b in range(rows[0].keys.shape[0])]
+        by_row = rows if opened[0][0] is not None else [row_of_rectangle(rows[0], b) for b in range(rows[0].keys.shape[0])]
         if self.rectangular:
-            self.tail = _padded_tail(by_row)
+            self.tail = padded_tail(by_row)
             return
         packed = PackedSegment.pack(by_row)
         self.segments.append(packed)
@@ -302,50 +353,3 @@ class KVLayer(CacheLayerMixin):
             slots.keep(order[..., : int(here.sum(-1).max())], here.sum(-1))
             opened.append((row, slots))
         self.close(opened)
-
-
-def _padded_tail(rows: list[Rectangle]) -> Tail:
-    """One rectangle of rows with different numbers of entries, the shorter ones padded in front."""
-    longest = max(row.keys.shape[2] for row in rows)
-
-    def stack(pieces: list[Tensor]) -> Tensor:
-        padded = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (longest - x.shape[2], 0)) for x in pieces]
-        return torch.cat(padded)
-
-    side = {name: stack([row.side[name] for row in rows]) for name in rows[0].side}
-    lengths = torch.tensor([row.keys.shape[2] for row in rows], device=rows[0].keys.device)
-    real = torch.arange(longest, device=lengths.device) >= (longest - lengths)[:, None]
-    return Tail(Rectangle(stack([row.keys for row in rows]), stack([row.values for row in rows]), side), real)
-
-
-def _row_of(tail: Tail, row: int) -> Rectangle:
-    mine = slice(row, row + 1)
-    kept: slice | Tensor = slice(None)
-    if tail.real is not None:
-        n = int(tail.real[row].sum())
-        # left padding leaves one run at the end: a view, where picking would copy
-        kept = slice(tail.n - n, None) if bool(tail.real[row, tail.n - n :].all()) else tail.real[row]
-    side = {name: x[mine][:, :, kept] for name, x in tail.side.items()}
-    return Rectangle(tail.keys[mine][:, :, kept], tail.values[mine][:, :, kept], side)
-
-
-def _row_of_rectangle(part: Rectangle, row: int) -> Rectangle:
-    mine = slice(row, row + 1)
-    valid = None if part.valid is None else part.valid[mine]
-    return Rectangle(part.keys[mine], part.values[mine], {name: x[mine] for name, x in part.side.items()}, valid)
-
-
-def _joined(old: Rectangle, new: Rectangle) -> Rectangle:
-    """Older entries followed by newer ones; where heads hold different numbers, the gaps are moved to the end."""
-    side = {name: torch.cat([x, new.side[name]], 2) for name, x in old.side.items()}
-    keys, values = torch.cat([old.keys, new.keys], 2), torch.cat([old.values, new.values], 2)
-    if old.valid is None:
-        return Rectangle(keys, values, side)
-    valid = torch.cat([old.valid, torch.ones_like(new.side["positions"], dtype=torch.bool)], 2)
-    order = torch.sort((~valid).to(torch.uint8), dim=-1, stable=True).indices
-
-    def moved(x: Tensor) -> Tensor:
-        return torch.gather(x, 2, order.unsqueeze(-1).expand(*order.shape, x.shape[-1]))
-
-    moved_side = {name: torch.gather(x, 2, order) for name, x in side.items()}
-    return Rectangle(moved(keys), moved(values), moved_side, torch.gather(valid, 2, order))

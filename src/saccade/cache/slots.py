@@ -67,15 +67,17 @@ class Slots:
             self.keys, self.values = self._stored.keys, self._stored.values
         self.moved = True
 
-    def rekey(self, keys: Tensor) -> None:
-        """Replace the stored keys by others of the same shape (turned to other positions)."""
+    def rewrite(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        """Replace the stored keys, or values, or both by others of the same shape (merged, or turned to other positions)."""
         stored = self._stored
         if self.keys is not stored.keys:
-            raise ValueError("a layer that caches latents has no keys per head to turn: keep the original positions")
-        if keys.shape != stored.keys.shape:
-            raise ValueError(f"rekey was given keys {tuple(keys.shape)}: expected {tuple(stored.keys.shape)}")
-        self._stored = Rectangle(keys, stored.values, stored.side, stored.valid)
-        self.keys = keys
+            raise ValueError("a layer that caches latents has no keys or values per head to rewrite: choose a method that only drops")
+        for name, new, old in (("keys", keys, stored.keys), ("values", values, stored.values)):
+            if new is not None and (new.shape != old.shape or new.dtype != old.dtype):
+                raise ValueError(f"rewrite was given {name} {new.dtype} {tuple(new.shape)}: expected {old.dtype} {tuple(old.shape)}")
+        self.keys = stored.keys if keys is None else keys
+        self.values = stored.values if values is None else values
+        self._stored = Rectangle(self.keys, self.values, stored.side, stored.valid)
         self.moved = True
 
     def seal(self, segment: Segment, n: int) -> None:

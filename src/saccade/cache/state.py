@@ -28,6 +28,17 @@ def state_bytes(state: dict[str, Any]) -> int:
     )
 
 
+class Scope(dict[str, Any]):
+    """A state inside a state."""
+
+    def reorder(self, rows: Tensor) -> Scope:
+        return Scope(take_rows(self, rows))
+
+    @property
+    def nbytes(self) -> int:
+        return state_bytes(self)
+
+
 class States:
     """State of each method on a layer: one for the whole batch, or one a row once rows differ by padding."""
 
@@ -54,6 +65,11 @@ class States:
             else:
                 self._of[phase] = [take_rows(groups[int(row)], torch.tensor([0])) for row in rows]
         self.rows = None if self.rows is None else len(rows)
+
+    def forget(self, phase: str) -> None:
+        """Empty the states of one method; those who hold one see it empty."""
+        for state in self._of.get(phase, []):
+            state.clear()
 
     def clear(self) -> None:
         self._of.clear()

@@ -57,6 +57,12 @@ class Tail:
             x.append(new.to(x.view.dtype).expand(batch, heads, m))
         self.fresh += m
 
+    def mark(self, name: str, last: Tensor) -> None:
+        """Set a uint8 side array of the newest entries to `last (B, m)` in every head; older entries have 0 if it is new."""
+        if name not in self._side:
+            self._side[name] = Growing(torch.zeros_like(self.side["positions"], dtype=torch.uint8))
+        self.side[name][:, :, -last.shape[1] :] = last.to(torch.uint8).unsqueeze(1)
+
     def set_side(self, changed: dict[str, Tensor]) -> None:
         """Add or replace side arrays."""
         self._side.update({name: Growing(x) for name, x in changed.items()})

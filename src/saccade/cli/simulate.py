@@ -32,7 +32,7 @@ def command(
 
     One number stands for all axes. Speed-ups are over self attention with the same tiles, time taken to follow visited tiles.
     """
-    from saccade.cli.console import write, write_json
+    from saccade.cli.console import console, write, write_json
     from saccade.parts.static.neighborhood import Neighborhood
     from saccade.parts.static.simulate import measure, simulate
 
@@ -62,6 +62,7 @@ def command(
         write_json(result)
     else:
         write(_table(result))
+        console().print(result["command"], style="dim", markup=False, soft_wrap=True)
     if measured is not None and not all(
         math.isclose(a, b, rel_tol=0.1) for a, b in zip(measured, (found.static, found.dynamic), strict=True)
     ):
@@ -121,4 +122,4 @@ def _table(result: dict[str, Any]) -> Any:
         table.add_row(name, f"{value:.2f}", f"{value / bound:.0%}", "" if visited is None else f"{visited:.2f}")
     verdict = "perfectly block-sparse" if result["perfect"] else "not perfectly block-sparse"
     fill = f"query tiles are {result['fill']:.0%} full, {result['key_tiles']} key tiles in all: {verdict}"
-    return Group(table, Text(""), Text(fill), Text(result["command"], style="dim"))
+    return Group(table, Text(""), Text(fill))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from saccade.core.partial import Partial
 from saccade.core.plan import Plan
 from saccade.core.selection import Selection
 
+Phase = Literal["prefill", "decode", "cache"]
 Attend = Callable[..., Tensor]  # (q, k, v, selection or None, **options)
 AttendPartial = Callable[..., Partial]
 
@@ -43,12 +44,15 @@ class LayerContext:
     """One attention layer, one sequence (or a batch of equally long ones without padding).
 
     layer, layers: index of this layer and their number. layout: head counts and dims as attention sees them.
+    phase: where the method is called: "prefill" (many queries), "decode" (one) or "cache".
     scale: factor on q.k before softmax. softcap: `cap * tanh(logit / cap)` where the model uses one.
     seen: tokens of the sequence so far, those of this call included.
+    segments: in decoding, the sealed parts of the cache that stand before k and v, for the method that made them.
     rotary: the model's rotary embedding, None where it has none or one that can't be turned further.
     plan: what calibration found, or None. plans: of all methods at hand, by slug, for a method that runs another one inside.
     state: this layer's own per-sequence state; tensors in it have the batch first, other objects offer `reorder(rows)`.
-    shared: across the layers of one forward pass.
+    shared: across the layers of one forward pass (in decoding: of one query). sequence: across the layers for as long as the sequence
+    lives, with the rules of state.
     attend: `attend(q, k, v, selection, **options) -> Tensor` runs softmax attention over a selection (None: dense) with this layer's
     scale and softcap, and counts the pairs it computed; options are those of `saccade.ops.attend` (q_positions, impl, ...).
     partial: the same as a Partial with its log-sum-exp, to be merged with others. Calls may cover some rows or heads only.
@@ -62,15 +66,29 @@ class LayerContext:
     scale: float
     attend: Attend
     partial: AttendPartial = _no_partial
+    phase: Phase = "prefill"
     count: Callable[[float], None] = _not_counted
     softcap: float | None = None
     seen: int = 0
+    segments: Sequence[Any] = ()
     rotary: Rotary | None = None
     plan: Plan | None = None
     plans: Mapping[str, Plan] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+    sequence: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+    def publish(self, selection: Selection) -> None:
+        """Make this the layer's selection of this step: later layers may read it again."""
+        self.shared.setdefault("selections", {})[self.layer] = selection
+
+    def published(self, layer: int) -> Selection:
+        """What `layer` published in this step; ValueError when it published nothing."""
+        found = self.shared.get("selections", {}).get(layer)
+        if found is None:
+            raise ValueError(f"layer {self.layer} reads the selection of layer {layer} again, which has made none in this step")
+        return found
 
     def found(self, name: str) -> Tensor:
         """The calibrated tensor `name` of this layer; ValueError when no plan was given or it lacks the entry."""

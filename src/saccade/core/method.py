@@ -10,11 +10,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from saccade.core.context import LayerContext
+from saccade.core.context import LayerContext, Phase
 from saccade.core.selection import Selection
 from saccade.core.spec import format_spec
 
-Phase = Literal["prefill", "decode", "cache"]
 LayerPolicy = Literal["dense", "select"] | int
 T = TypeVar("T", bound="type[Method]")
 
@@ -23,19 +22,22 @@ T = TypeVar("T", bound="type[Method]")
 class Info:
     """Facts about a method, from which listings, errors and the contract matrix are made.
 
-    phase: where it acts. encodes: whether it stores entries in another form than full precision. needs: of "queries", "weights"
-    (attention probabilities), "calibration", "training".
-    frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
+    phase: where it acts. also: other phases in which it must act too, which its name alone fills.
+    needs: of "queries", "weights" (attention probabilities), "calibration", "training".
+    encodes: whether it stores entries in another form than full precision. ragged: whether it leaves heads with different numbers
+    of entries. frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
     causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
     tiny: fields for short test sequences. opts_out: contract axis to the reason why it does not hold for this method.
     """
 
     slug: str
     phase: Phase
+    also: frozenset[Phase] = frozenset()
     needs: frozenset[str] = frozenset()
     frees_memory: bool = False
     append_only: bool = True
     encodes: bool = False
+    ragged: bool = False
     causality: Literal["causal", "streaming", "bidirectional"] = "causal"
     opened: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +55,11 @@ class Method(ABC):
         """The string that builds this method again: the slug and the fields that differ from their defaults."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return format_spec(self.info.slug, changed)
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods this one is made of: itself, unless it is a chain."""
+        return (self,)
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Method:
@@ -83,13 +90,21 @@ class Prefill(Method):
 class Decode(Method):
     """Chooses, for one query at a time, which part of a long cache it reads. Nothing is dropped."""
 
-    @abstractmethod
     def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
-        """Bring the index up to date with newly stored keys and values `(B, Hk, m, D)` in slots start ... start + m - 1."""
+        """Bring the index up to date with newly stored keys and values `(B, Hk, m, D)` in slots start ... start + m - 1.
+
+        The default does nothing: for methods without an index.
+        """
 
     @abstractmethod
-    def select(self, ctx: LayerContext, q: Tensor) -> Selection:
-        """Selection for q `(B, Hq, 1, D)` over the `n` observed slots (n_q = 1, n_k = n)."""
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
+        """Selection for q `(B, Hq, 1, D)` over all entries the layer holds, k, v `(B, Hk, n, D)`, which were observed before."""
+
+    def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output `(B, Hq, 1, Dv)`. Override only where "select, then attend" is not the method."""
+        selection = self.select(ctx, q, k, v)
+        ctx.publish(selection)
+        return ctx.attend(q, k, v, selection)
 
     def rewind(self, ctx: LayerContext, n: int) -> int:
         """After tokens were taken back: shrink the index to at most the first n slots and return how many it still covers.
@@ -100,7 +115,7 @@ class Decode(Method):
         return 0
 
     def layer_policy(self, layer: int, layers: int) -> LayerPolicy:
-        """"dense", "select", or the number of an earlier layer whose selection of this step is used again."""
+        """"dense", "select" (the layer calls `attend`), or the number of an earlier layer whose published selection is read again."""
         return "select"
 
 
@@ -128,8 +143,8 @@ class StoredKV(Protocol):
     def keep(self, indices: Tensor, counts: Tensor | None = None) -> None:
         """Keep only these slots, `indices (B, heads, m)` int64 ascending; `counts (B, heads)` when heads keep different numbers."""
 
-    def rekey(self, keys: Tensor) -> None:
-        """Replace the stored keys by others of the same shape (turned to other positions)."""
+    def rewrite(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        """Replace the stored keys, or values, or both by others of the same shape (merged, or turned to other positions)."""
 
     def seal(self, segment: Any, n: int) -> None:
         """Replace the n oldest entries by an encoded segment."""
@@ -164,6 +179,10 @@ class Calibrated(Method):
     @abstractmethod
     def conclude(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plan's tensors for one layer from the summed statistics."""
+
+    def conclude_all(self, sums: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """The plan's tensors of every layer from all layers' statistics. Override where layers are decided on together."""
+        return {layer: self.conclude(found) for layer, found in sums.items()}
 
 
 REGISTRY: dict[str, type[Method]] = {}

@@ -69,7 +69,7 @@ def prepared(line: list[Contender], spot: Spot, plans: Iterable[Plan], needed: s
     ready = []
     for contender in line:
         own, note, broken = [], None, None
-        for method in contender.methods.values():
+        for method in contender.members:
             slug = method.info.slug
             if slug in found:
                 own.append(found[slug])

@@ -32,6 +32,11 @@ class Contender:
         return not self.methods
 
     @property
+    def members(self) -> list[Method]:
+        """Every method in it once: those of a chain, and one that acts in several phases."""
+        return list({id(one): one for method in self.methods.values() for one in method.members}.values())
+
+    @property
     def evicts(self) -> bool:
         """Whether a part of it acts on the cache or reads only some of it, so that random eviction is its floor."""
         return "cache" in self.methods or "decode" in self.methods
@@ -45,10 +50,10 @@ def contender(text: str) -> Contender:
     methods = build_combination(text)
     if not methods:
         return Contender("dense", "dense", {})
-    named = [parse_spec(part) for part in split_top_level(text, "+")]
-    parts = [(slug, settings) for slug, settings in named if slug != "dense"]
-    spec = "+".join(format_spec(slug, settings) for slug, settings in parts)
-    return Contender(spec, "+".join(slug for slug, _ in parts), methods)
+    # a phase's cache policies may stand in a row, joined by |
+    named = [[parse_spec(one) for one in split_top_level(part, "|")] for part in split_top_level(text, "+") if part != "dense"]
+    spec = "+".join("|".join(format_spec(slug, settings) for slug, settings in row) for row in named)
+    return Contender(spec, "+".join("|".join(slug for slug, _ in row) for row in named), methods)
 
 
 def line_up(specs: Sequence[str], lengths: Sequence[int], *, floor: bool = True) -> list[Contender]:

@@ -63,7 +63,7 @@ def maps(
 
 def _calibrated(model: PreTrainedModel, one: Contender, ids: list[int]) -> Contender:
     device = next(model.parameters()).device
-    needing: list[Method] = [method for method in one.methods.values() if "calibration" in method.info.needs]
+    needing: list[Method] = [method for method in one.members if "calibration" in method.info.needs]
     plans = [calibrate(model, method, [torch.tensor([ids], device=device)]) for method in needing]
     return replace(one, plans=plans)
 

@@ -41,7 +41,7 @@ def check_prefill(spec: str, plans: Sequence[Plan] = ()) -> Contender:
     if others:
         raise ValueError(f"{spec} has a {others[0]} method: only what a prefill method reads can be inspected")
     given = {plan.slug for plan in plans}
-    for method in found.methods.values():
+    for method in found.members:
         if "calibration" in method.info.needs and method.info.slug not in given:
             raise ValueError(f"{method.info.slug} needs a calibration plan: run `saccade calibrate {method.info.slug} -o plan` and pass it")
     return Contender(found.spec, found.slug, found.methods, list(plans))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saccade.attach.capture import reading_session
-from saccade.core import Decode, LayerContext
+from saccade.core import Decode, LayerContext, Partial, Selection
 from saccade.evaluate.contenders import Contender
 from saccade.evaluate.maps import as_bytes, log_scaled
 from saccade.evaluate.replay import LayerReplay, probabilities
@@ -85,26 +86,43 @@ def _steps(replay: LayerReplay, decode: Decode, length: int, pool: int) -> Tenso
     ctx = replay.ctx
     context = LayerContext(
         layer=ctx.layer, layers=ctx.layers, layout=ctx.layout, scale=ctx.scale, attend=ctx.attend, partial=ctx.partial, softcap=ctx.softcap,
-        rotary=ctx.rotary, plan=replay.runner.plans.get(decode.info.slug), seed=ctx.seed,
+        phase="decode", rotary=ctx.rotary, plan=replay.runner.plans.get(decode.info.slug), seed=ctx.seed,
     )  # fmt: skip
     policy = decode.layer_policy(ctx.layer, ctx.layers)
     rows = []
     for begin in range(0, length, pool):
         end = begin + pool
         context.seen = end
-        shared = replay.shared.setdefault(-end, {})
-        context.shared = shared
+        context.shared = replay.shared.setdefault(-end, {})
         if policy == "dense":
             row = torch.ones(1, end, dtype=torch.bool, device=replay.k.device)
         elif isinstance(policy, int):
-            row = shared["row", policy]
+            row = context.published(policy).coverage()[0, :, 0]
         else:
             decode.observe(context, replay.k[:, :, begin:end], replay.v[:, :, begin:end], begin)
-            row = decode.select(context, replay.q[:, :, end - 1 : end]).coverage()[0, :, 0]
-        shared["row", ctx.layer] = row
+            row = _one_step(decode, context, replay.q[:, :, end - 1 : end], replay.k[:, :, :end], replay.v[:, :, :end])
         rows.append(torch.nn.functional.pad(row, (0, length - end)))
     heads = max(row.shape[0] for row in rows)
     return torch.stack([row.repeat_interleave(heads // row.shape[0], 0) for row in rows], 1)
+
+
+def _one_step(decode: Decode, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Which keys one query read, `(H, n)` bool: what its attention calls listed, or its selection where it gathers keys itself."""
+    read: list[Tensor] = []
+
+    def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
+        if k.shape[2] == n:
+            every = torch.ones(1, n, dtype=torch.bool, device=k.device)
+            read.append(every if selection is None else selection.coverage()[0, :, 0])
+        return ctx.partial(q, k, v, selection, **options)
+
+    n = k.shape[2]
+    recorded = replace(ctx, partial=partial, attend=lambda *given, **options: partial(*given, **options).out)
+    decode.attend(recorded, q, k, v)
+    if not read:
+        return decode.select(ctx, q, k, v).coverage()[0, :, 0]
+    heads = max(row.shape[0] for row in read)
+    return torch.stack([row.repeat_interleave(heads // row.shape[0], 0) for row in read]).any(0)
 
 
 def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int) -> dict[str, Any]:

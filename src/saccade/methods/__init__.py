@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 from saccade.catalog import catalog, nearest
-from saccade.core import REGISTRY, Method, parse_spec, split_top_level
+from saccade.core import REGISTRY, CachePolicy, Method, parse_spec, split_top_level
 
-__all__ = ["build", "build_combination", "load", "load_all"]
+__all__ = ["build", "build_combination", "complete", "joined", "load", "load_all"]
 
 
 def load(slug: str) -> type[Method]:
@@ -30,11 +31,26 @@ def load_all() -> dict[str, type[Method]]:
 
 
 def build(method: str | Method) -> Method:
-    """A Method from a spec such as `"snapkv(budget=0.25)"`; a Method is returned as it is."""
+    """A Method from a spec such as `"snapkv(budget=0.25)"`, or cache policies in a row from `"snapkv(budget=0.25)|zipcache"`.
+
+    A Method is returned as it is.
+    """
     if isinstance(method, Method):
         return method
+    if len(parts := split_top_level(method, "|")) > 1:
+        return joined([build(part) for part in parts])
     slug, given = parse_spec(method)
     return load(slug).from_fields(given)
+
+
+def joined(policies: Sequence[Method]) -> Method:
+    """Cache policies as one that lets them act one after another; ValueError for methods of other kinds."""
+    from saccade.methods.chain import Chain
+
+    for policy in policies:
+        if not isinstance(policy, CachePolicy):
+            raise ValueError(f"{policy.info.slug} acts on the {policy.info.phase} phase: only cache policies are joined by |")
+    return Chain(policies=tuple(member for policy in policies for member in policy.members))  # pyright: ignore[reportArgumentType]
 
 
 def build_combination(text: str) -> dict[str, Method]:
@@ -48,4 +64,15 @@ def build_combination(text: str) -> dict[str, Method]:
         if phase in methods:
             raise ValueError(f"{text!r} names two {phase} methods, {methods[phase].info.slug} and {method.info.slug}: use one of them")
         methods[phase] = method
-    return methods
+    return complete(methods)
+
+
+def complete(methods: dict[str, Method]) -> dict[str, Method]:
+    """The methods by phase, with those filled in that act in further phases and must; ValueError where such a phase is taken."""
+    filled = dict(methods)
+    for method in methods.values():
+        for phase in sorted(method.info.also):
+            other = filled.setdefault(phase, method)
+            if other != method:
+                raise ValueError(f"{method.info.slug} acts on the {phase} phase too, which {other.info.slug} was given: use one of them")
+    return filled

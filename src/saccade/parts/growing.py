@@ -47,6 +47,10 @@ class Growing:
         """Keep the first n entries."""
         self.n = min(self.n, n)
 
+    def packed(self) -> dict[str, object]:
+        """The content without the spare room, to be saved."""
+        return {"n": self.n, "_buffer": self.view}
+
     def reorder(self, rows: Tensor) -> Growing:
         """A copy with these batch rows."""
         return Growing(self.view.index_select(0, rows.to(self._buffer.device)))

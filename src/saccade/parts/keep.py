@@ -48,3 +48,14 @@ def keep_best(kv: StoredKV, scores: Tensor, count: int, *, sinks: int = 0, recen
         exact = torch.promote_types(scores.dtype, torch.float32)
         scores = scores.to(exact).unflatten(1, (kv.heads, -1)).mean(2)
     kv.keep(*best_slots(scores, count, sinks=sinks, recent=recent, valid=kv.valid))
+
+
+def token_places(kv: StoredKV, seen: int) -> Tensor | None:
+    """Which of the `seen` tokens each entry belongs to, int64 `(B, heads, n)`, where entries between others were dropped; else None.
+
+    None means that the entries are the last n tokens. Padding is not counted: the newest entry is the newest token.
+    """
+    positions = kv.side["positions"].long()
+    if not kv.length or bool((positions[..., -1] - positions[..., 0] == kv.length - 1).all()):
+        return None
+    return positions - positions[..., -1:] + seen - 1

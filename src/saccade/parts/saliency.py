@@ -19,13 +19,18 @@ SPARE = 16  # latest queries always remembered: so many guessed tokens may be ta
 PAIRS = 1 << 24  # (query, key) pairs whose probabilities are held at a time
 
 
-def drawn(indices: Tensor, share: float, seed: int) -> Tensor:
-    """Whether each index (int64, any shape) is among a fixed random `share` of all indices: a hash decides, bool."""
+def hashed(indices: Tensor, seed: int) -> Tensor:
+    """A number from 0 to 2^32 - 1 for each index (int64, any shape), always the same for a seed."""
     word = 0xFFFFFFFF
     x = (indices * 0x9E3779B1 + ((seed * 0x85EBCA77 + 0x165667B1) & word)) & word
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & word
-    return (x ^ (x >> 16)).double() < share * 2**32
+    return x ^ (x >> 16)
+
+
+def drawn(indices: Tensor, share: float, seed: int) -> Tensor:
+    """Whether each index (int64, any shape) is among a fixed random `share` of all indices: a hash decides, bool."""
+    return hashed(indices, seed).double() < share * 2**32
 
 
 @dataclass
@@ -98,15 +103,18 @@ class ProbeQueries:
         return self.queries.index_select(2, which.to(self.queries.device)), slots.to(self.queries.device)
 
 
-def column_mass(q: Tensor, slots: Tensor, k: Tensor, *, scale: float, softcap: float | None = None) -> Tensor:
+def column_mass(
+    q: Tensor, slots: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, places: Tensor | None = None
+) -> Tensor:
     """Attention that each of the keys k `(B, Hk, n, D)` gets from probe rows q `(B, Hq, P, D)`: float32 `(B, Hk, n)`.
 
-    Row i stands at slot `slots[i]` and sees the keys up to it; its softmax runs over those. Summed over rows and a group's query heads.
+    Row i stands at `slots[i]` and sees the keys up to it; its softmax runs over those. Summed over rows and a group's query heads.
+    places: where each key stands, int64 `(B, Hk, n)` ascending, default 0 ... n - 1.
     """
     groups = k.shape[1]
     n = k.shape[2]
     total = torch.zeros(k.shape[0], groups, n, device=k.device)
-    keys = torch.arange(n, device=k.device)
+    keys = torch.arange(n, device=k.device) if places is None else places[:, :, None, None]
     k = k.float().unsqueeze(2)
     step = max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * n))
     for begin in range(0, q.shape[2], step):
@@ -120,15 +128,15 @@ def column_mass(q: Tensor, slots: Tensor, k: Tensor, *, scale: float, softcap: f
 
 
 def normalised_saliency(
-    q: Tensor | None, slots: Tensor, k: Tensor, *, scale: float, softcap: float | None = None
+    q: Tensor | None, slots: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, places: Tensor | None = None
 ) -> Tensor:
-    """`column_mass` divided by the number of probe rows that can see each key, float32 `(B, Hk, n)`.
+    """`column_mass` divided by the number of probe rows that can see each key, float32 `(B, Hk, n)`; arguments as there.
 
     Keys that no probe row can see get inf: nothing is known against them. q may be None where there is no probe row.
     """
-    n = k.shape[2]
     if q is None or not len(slots):
         return torch.full(k.shape[:3], torch.inf, device=k.device)
-    seen_by = len(slots) - torch.searchsorted(slots.sort().values, torch.arange(n, device=k.device))
-    mass = column_mass(q, slots, k, scale=scale, softcap=softcap)
+    keys = torch.arange(k.shape[2], device=k.device) if places is None else places.contiguous()
+    seen_by = len(slots) - torch.searchsorted(slots.sort().values, keys)
+    mass = column_mass(q, slots, k, scale=scale, softcap=softcap, places=places)
     return torch.where(seen_by > 0, mass / seen_by.clamp(min=1), torch.inf)

@@ -43,7 +43,7 @@ def choose(method: Decode, q: Tensor, k: Tensor, v: Tensor, plan: Plan | None = 
     """The method's selection for one query over keys that came at once."""
     ctx = context(q, k, v, plan)
     method.observe(ctx, k, v, 0)
-    return method.select(ctx, q)
+    return method.select(ctx, q, k, v)
 
 
 def logits(q: Tensor, k: Tensor) -> Tensor:

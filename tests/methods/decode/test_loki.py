@@ -218,7 +218,7 @@ def test_coordinates_in_pieces_taken_back_and_reordered(monkeypatch: pytest.Monk
     other = tensors(3, 4, 2, 30, 16, seed=1)[1]
     method.observe(ctx, other, other, 61)
     again = torch.cat([k[rows, :, :61], other], 2)
-    assert torch.equal(method.select(ctx, q).tokens, choose(method, q, again, again, plan).tokens)
+    assert torch.equal(method.select(ctx, q, again, again).tokens, choose(method, q, again, again, plan).tokens)
 
 
 def test_half_precision_stores_half_precision() -> None:

@@ -185,7 +185,7 @@ def test_taking_tokens_back_leaves_the_index_of_what_is_left() -> None:
     other = tensors(1, 4, 2, 30, 8, seed=1)[1]
     again = torch.cat([k[:, :, :covered], other], 2)
     method.observe(ctx, other, other, covered)
-    assert torch.equal(method.select(ctx, q).starts, choose(method, q, again, again).starts)
+    assert torch.equal(method.select(ctx, q, again, again).starts, choose(method, q, again, again).starts)
 
 
 def test_layers_below_dense_layers_are_dense() -> None:

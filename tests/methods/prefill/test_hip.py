@@ -199,13 +199,11 @@ def test_spec_round_trip() -> None:
 def test_decoding_searches_every_few_steps_and_reads_again_in_between() -> None:
     q, k, v = random_qkv(40, 120)
     method = replace(TINY, refresh=4)
-    ctx = context(q, k, v)
-    method.observe(ctx, k[:, :, :80], v[:, :, :80], 0)
+    ctx = replace(context(q, k, v), phase="decode")
     masks: list[Tensor] = []
     for i in range(12):
         n = 81 + i
-        method.observe(ctx, k[:, :, n - 1 : n], v[:, :, n - 1 : n], n - 1)
-        found = method.select(ctx, q[:, :, i : i + 1])
+        found = method.select(ctx, q[:, :, i : i + 1], k[:, :, :n], v[:, :, :n])
         assert (found.n_q, found.n_k) == (1, n)
         mask = found.dense_mask()[:, :, 0]
         assert mask[..., :3].all() and mask[..., n - 5 :].all()
@@ -221,9 +219,8 @@ def test_decoding_searches_every_few_steps_and_reads_again_in_between() -> None:
 def test_decoding_finds_what_the_prompt_s_search_finds() -> None:
     q, k, v = random_qkv(1, 120)
     method = replace(TINY, block_q=1, stride_q=1)
-    ctx = context(q, k, v)
-    method.observe(ctx, k, v, 0)
-    assert torch.equal(method.select(ctx, q).dense_mask(), selected(method, q, k, v).dense_mask())
+    ctx = replace(context(q, k, v), phase="decode")
+    assert torch.equal(method.select(ctx, q, k, v).dense_mask(), selected(method, q, k, v).dense_mask())
 
 
 def test_generation_by_searching() -> None:
@@ -248,14 +245,12 @@ def test_generation_by_searching() -> None:
 
 def test_rewinding_forgets_a_later_search() -> None:
     q, k, v = random_qkv(40, 120)
-    method, ctx = replace(TINY, refresh=4), context(q, k, v)
-    assert method.rewind(ctx, 5) == 0
-    method.observe(ctx, k[:, :, :96], v[:, :, :96], 0)
-    first = method.select(ctx, q[:, :, :1]).dense_mask()
+    method, ctx = replace(TINY, refresh=4), replace(context(q, k, v), phase="decode")
+    assert method.rewind(ctx, 5) == 5
+    first = method.select(ctx, q[:, :, :1], k[:, :, :96], v[:, :, :96]).dense_mask()
     assert method.rewind(ctx, 96) == 96 and "found" in ctx.state
     assert method.rewind(ctx, 90) == 90 and "found" not in ctx.state
-    method.observe(ctx, k[:, :, 90:96], v[:, :, 90:96], 90)
-    assert torch.equal(method.select(ctx, q[:, :, :1]).dense_mask(), first)
+    assert torch.equal(method.select(ctx, q[:, :, :1], k[:, :, :96], v[:, :, :96]).dense_mask(), first)
 
 
 # -- the pocket model ----------------------------------------------------------------------------------------------------

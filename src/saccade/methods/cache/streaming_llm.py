@@ -92,7 +92,7 @@ class StreamingLLM(CachePolicy):
             original = torch.cat([torch.where(fresh, original[:, :, :n], known), original[:, :, n:]], dim=2)
         ctx.state["sinks"] = original.clone()
         dropped = ctx.seen - kv.length
-        kv.rekey(torch.cat([turn(original, dropped, ctx.rotary), kv.keys[:, :, self.sinks :]], dim=2))
+        kv.rewrite(keys=torch.cat([turn(original, dropped, ctx.rotary), kv.keys[:, :, self.sinks :]], dim=2))
         moved = moved.clone()
         moved[:, :, sinks] = dropped
         kv.side[TURNED] = moved

@@ -93,7 +93,7 @@ class Loki(Decode, Calibrated):
         ctx.state["coordinates"].truncate(n)
         return ctx.state["coordinates"].n
 
-    def select(self, ctx: LayerContext, q: Tensor) -> Selection:
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         stored = ctx.state["coordinates"].view
         n = stored.shape[2]
         basis = self.leading(ctx, q)

@@ -66,7 +66,7 @@ class Quest(Decode):
     def rewind(self, ctx: LayerContext, n: int) -> int:
         return ctx.state["pages"].truncate(n) if "pages" in ctx.state else 0
 
-    def select(self, ctx: LayerContext, q: Tensor) -> Selection:
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         pages: PageBounds = ctx.state["pages"]
         tokens = Budget.of(self.budget).tokens(pages.n)
         count = pages.pages if tokens >= pages.n else max(FEWEST, tokens // self.page_size)

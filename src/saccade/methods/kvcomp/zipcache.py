@@ -25,7 +25,7 @@ import torch
 from saccade.cache.quantised import RAW, QuantisedSegment
 from saccade.core import CachePolicy, Info, LayerContext, StoredKV, register
 from saccade.ops.quant import BITS
-from saccade.parts.keep import best_slots
+from saccade.parts.keep import best_slots, token_places
 from saccade.parts.saliency import SPARE, ProbeQueries, normalised_saliency
 
 _PROBES = "zipcache.probes"
@@ -81,8 +81,10 @@ class ZipCache(CachePolicy):
         probes = ProbeQueries(self.probe_share, 0) if probes is None else probes
         # the first tokens, a long call or a short tail: a prompt has ended; else decoding has filled the interval
         prompt = n == ctx.seen or probes.widest > SPARE or n < self.interval
-        q, slots = probes.rows(ctx.seen, n) if prompt else probes.last(ctx.seen, n)
-        saliency = normalised_saliency(q, slots, kv.keys, scale=ctx.scale, softcap=ctx.softcap)
+        places = token_places(kv, ctx.seen)
+        length = n if places is None else ctx.seen
+        q, slots = probes.rows(ctx.seen, length) if prompt else probes.last(ctx.seen, length)
+        saliency = normalised_saliency(q, slots, kv.keys, scale=ctx.scale, softcap=ctx.softcap, places=places)
         salient, _ = best_slots(saliency, n - int(self.other_share * n + 1e-9))
         classes = torch.ones_like(saliency, dtype=torch.uint8).scatter_(2, salient, 0)
         bits = (self.salient_bits, self.other_bits)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from saccade.core import Decode, Info, LayerContext, Prefill, Selection, register
 from saccade.core.method import LayerPolicy
-from saccade.parts.growing import Growing
 from saccade.parts.key_tree import BlockScores, descend
 from saccade.parts.lists import KeyLists, open_rows, run_tiles, tile_ends
 
@@ -73,9 +72,9 @@ class HiP(Prefill, Decode):
 
     # -- a prompt ----------------------------------------------------------------------------------------------------------
 
-    def select(self, ctx: LayerContext, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Selection:
-        if k is None:
-            return self._step(ctx, q)
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
+        if ctx.phase == "decode":
+            return self._step(ctx, q, k)
         n_q, n_k = q.shape[2], k.shape[2]
         ends = tile_ends(n_q, n_k, self.block_q, q.device)
         searched = self._searched(ends - self.block_q)
@@ -91,6 +90,8 @@ class HiP(Prefill, Decode):
         return lists.selection(n_q=n_q, n_k=n_k, block=self.block_q)
 
     def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if ctx.phase == "decode":
+            return Decode.attend(self, ctx, q, k, v)
         if q.shape[2] == 1 or ctx.layer < self.dense_layers or k.shape[2] <= self.sinks + self.top_k + self.window:
             return ctx.attend(q, k, v, None)
         return ctx.attend(q, k, v, self.select(ctx, q, k, v))
@@ -122,26 +123,16 @@ class HiP(Prefill, Decode):
     def layer_policy(self, layer: int, layers: int) -> LayerPolicy:
         return "dense" if layer < self.dense_layers else "select"
 
-    def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
-        if "keys" in ctx.state:
-            ctx.state["keys"].append(k)
-        else:
-            ctx.state["keys"] = Growing(k)
-
     def rewind(self, ctx: LayerContext, n: int) -> int:
-        if "keys" not in ctx.state:
-            return 0
-        ctx.state["keys"].truncate(n)
         if ctx.state.get("searched at", 0) > n:
             ctx.state.pop("found", None)
-        return ctx.state["keys"].n
+        return n
 
-    def _step(self, ctx: LayerContext, q: Tensor) -> Selection:
-        keys: Tensor = ctx.state["keys"].view
-        n = keys.shape[2]
+    def _step(self, ctx: LayerContext, q: Tensor, k: Tensor) -> Selection:
+        n = k.shape[2]
         if "found" not in ctx.state or n // self.refresh > ctx.state["searched at"] // self.refresh:
             searched = self._searched(torch.tensor([n - 1], device=q.device))
-            ctx.state["found"] = self._search(q.unsqueeze(2), keys, searched)
+            ctx.state["found"] = self._search(q.unsqueeze(2), k, searched)
             ctx.state["searched at"] = n
         searched = self._searched(torch.tensor([ctx.state["searched at"] - 1], device=q.device))
         begins = self.sinks + searched * self.block_k

@@ -12,7 +12,7 @@ from saccade.core import Partial, merge
 from saccade.ops.attend.features import by_query_head, counted_only, join_sinks, row_bounds
 from saccade.ops.attend.problem import Problem
 from saccade.ops.attend.rectangles import assemble, rectangles
-from saccade.ops.attend.tile import attend_tile
+from saccade.ops.attend.tile import attend_tile, cpu_flash
 
 ROWS = 256  # query rows per tile where no fused kernel applies
 
@@ -81,23 +81,17 @@ def _with_lse(q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, causal: bool
     layout, n_q = problem.layout, q.shape[2]
     if q.device.type == "cpu":
         if not causal and layout.group > 1:
-            out, lse = _cpu_flash(layout.to_groups(q).flatten(2, 3), k, v, problem.scale, causal=False)
+            out, lse = cpu_flash(layout.to_groups(q).flatten(2, 3), k, v, problem.scale)
             return Partial(
                 out.unflatten(2, (layout.group, n_q)).flatten(1, 2), lse.unflatten(2, (layout.group, n_q)).flatten(1, 2)
             )
         k, v = (x.repeat_interleave(layout.group, dim=1) if layout.group > 1 else x for x in (k, v))
-        return Partial(*_cpu_flash(q, k, v, problem.scale, causal=causal))
+        return Partial(*cpu_flash(q, k, v, problem.scale, causal=causal))
     if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
         k, v = (x.repeat_interleave(layout.group, dim=1) if layout.group > 1 else x for x in (k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=problem.scale)
         return Partial(out, lse[:, :, :n_q])
     return None
-
-
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    # the kernel lays the log-sum-exp out as (B, N, H) in memory and returns a transposed view
-    return out, lse if lse.shape == q.shape[:3] else lse.transpose(1, 2)
 
 
 def _tiled(problem: Problem) -> Partial:

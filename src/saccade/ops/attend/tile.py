@@ -15,11 +15,14 @@ def attend_tile(
 ) -> Partial:  # fmt: skip
     """q `(P, H, m, D)` over k `(P, H, n, D)`, v `(P, H, n, Dv)`; mask (0 or -inf) and bias broadcast to `(P, H, m, n)`.
 
-    Without softcap, bias and log-sum-exp it is torch's fused kernel, which leaves rows with nothing visible undefined; else plain
-    torch in float32 (float64 for float64), where such rows give 0 and lse -inf.
+    Without softcap, bias and log-sum-exp it is torch's fused kernel, which leaves rows with nothing visible undefined. Else such rows
+    give 0 and lse -inf: in the kernel that also gives the log-sum-exp where it runs (CPU, no gradients), or in plain torch in float32
+    (float64 for float64).
     """
     if softcap is None and bias is None and not return_lse:
         return Partial(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None)
+    if softcap is None and _fuses(q, k, v, bias):
+        return _fused(q, k, v, mask, bias, scale)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     logits = (q.to(exact) @ k.to(exact).mT) * scale
     if softcap is not None:
@@ -32,3 +35,31 @@ def attend_tile(
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
     return Partial((weights @ v.to(exact)).to(q.dtype), lse)
+
+
+def cpu_flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """torch's fused CPU attention and its log-sum-exp `(B, H, m)`; `added` is an additive mask in the dtype of q."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    # the kernel lays the log-sum-exp out as (B, m, H) in memory and returns a transposed view
+    return out, lse if lse.shape == q.shape[:3] else lse.transpose(1, 2)
+
+
+def _fuses(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    plain = q.device.type == "cpu" and q.ndim == 4 and k.shape[2] > 0 and q.shape[-1] == v.shape[-1] and not needs_grad
+    # a bias would be rounded to the dtype of q
+    return plain and (bias is None or (not bias.requires_grad and q.dtype in (torch.float32, torch.float64)))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Partial:
+    added = mask if bias is None else bias.to(q.dtype) if mask is None else mask + bias.to(q.dtype)
+    if added is None:
+        return Partial(*cpu_flash(q, k, v, scale))
+    blind = (added == -torch.inf).all(-1)
+    added = added.to(q.dtype).expand(added.shape[0], 1 if added.shape[1] == 1 else q.shape[1], q.shape[2], k.shape[2])
+    out, lse = cpu_flash(q, k, v, scale, added=added)
+    if bool(blind.any()):
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+    return Partial(out, lse)
