@@ -40,8 +40,8 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {kind.__name__: [pack(item, tensors) for item in items]}
     if kind is dict:
         return {"dict": [[pack(key, tensors), pack(item, tensors)] for key, item in value.items()]}
-    if not kind.__module__.startswith(_HOME) or not hasattr(value, "__dict__") and not isinstance(value, tuple):
-        raise ValueError(f"a {kind.__module__}.{kind.__qualname__} can't be saved: only tensors, plain values and saccade's own objects can")
+    if not kind.__module__.startswith(_HOME) or (not hasattr(value, "__dict__") and not isinstance(value, tuple)):
+        raise ValueError(f"a {kind.__module__}.{kind.__qualname__} can't be saved: only tensors, plain values and saccade's own objects")
     tree: dict[str, Any] = {"class": f"{kind.__module__}:{kind.__qualname__}"}
     if isinstance(value, tuple):
         tree["items"] = [pack(item, tensors) for item in value]
