@@ -1,4 +1,7 @@
-"""Methods of different phases on one model: every allowed pair runs, and equals dense when both are opened."""
+"""Methods of different phases on one model, and cache policies in a row: every allowed pair runs, and equals dense when both are opened.
+
+Pairs with a method that stands for its kind run every time, the others with the slow tests.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,39 @@ import torch
 
 import saccade
 from saccade.attach import Session
+from saccade.methods import build
 from tests.contract.harness import METHODS, greedy, info, llama, opened, plan, sparse, tokens
 
-PAIRS = [(a, b) for a, b in combinations(sorted(METHODS), 2) if info(a).phase != info(b).phase]
+TYPICAL = {"minference", "snapkv", "zipcache", "quest"}
 
 
-def refused(a: str, b: str) -> bool:
-    """A decode method picks single entries, which an encoding cache no longer has."""
-    return {info(a).phase, info(b).phase} == {"cache", "decode"} and (info(a).encodes or info(b).encodes)
+def pair(a: str, b: str) -> object:
+    return pytest.param(a, b, marks=[] if TYPICAL & {a, b} else pytest.mark.slow)
+
+
+PAIRS = [pair(a, b) for a, b in combinations(sorted(METHODS), 2) if info(a).phase != info(b).phase]
+POLICIES = [slug for slug in sorted(METHODS) if info(slug).phase == "cache"]
+ROWS = [pair(a, b) for a in POLICIES for b in POLICIES if a != b and info(b).encodes]
+
+
+def refused(a: str, b: str) -> str | None:
+    """Why a pair makes no sense: a decode method picks single entries of heads that hold equally many; a phase has one method."""
+    for one, other in ((a, b), (b, a)):
+        if info(other).phase in info(one).also:
+            return f"{one} acts on the {info(other).phase} phase too"
+        if info(one).phase == "cache" and info(other).phase == "decode" and (info(one).encodes or info(one).ragged):
+            return "use one of the two"
+    shared = (info(a).also & info(b).also) - {info(a).phase, info(b).phase}
+    return "phase too" if shared else None
 
 
 def both(a: str, b: str, spec: Callable[[str], str]) -> Session:
     specs = {info(slug).phase: spec(slug) for slug in (a, b)}
-    plans = [found for s in specs.values() if (found := plan("llama", s, torch.float64)) is not None]
-    return saccade.attach(llama(), **specs, plan=plans or None)
+    return saccade.attach(llama(), **specs, plan=plans(*specs.values()))
+
+
+def plans(*specs: str) -> list[saccade.Plan] | None:
+    return [found for spec in specs if (found := plan("llama", spec, torch.float64)) is not None] or None
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda slug: slug)
@@ -31,8 +53,8 @@ def test_pair(a: str, b: str) -> None:
     model, ids = llama(), tokens(2, 70)
     ids[0, :9] = 0
     mask = (ids > 0).long()
-    if refused(a, b):
-        with pytest.raises(ValueError, match="use one of the two"):
+    if why := refused(a, b):
+        with pytest.raises(ValueError, match=why):
             both(a, b, sparse)
         return
     dense = greedy(model, ids, 6, attention_mask=mask)
@@ -45,3 +67,25 @@ def test_pair(a: str, b: str) -> None:
         assert stats.decode_density is not None and stats.decode_density < 0.95
     if "prefill" in (info(a).phase, info(b).phase):
         assert stats.prefill_density is not None and stats.prefill_density < 1
+
+
+@pytest.mark.parametrize(("a", "b"), ROWS, ids=lambda slug: slug)
+def test_policies_in_a_row(a: str, b: str) -> None:
+    """What the first leaves is encoded by the second; opened they are dense, and together they hold no more than the first alone."""
+    model, ids = llama(), tokens(2, 90)
+    row = f"{sparse(a)}|{sparse(b)}"
+    if info(a).encodes or info(a).ragged:
+        with pytest.raises(ValueError, match="put it last" if info(a).encodes else "does not leave"):
+            build(row)
+        return
+    dense = greedy(model, ids, 6)
+    with saccade.attach(model, cache=f"{opened(a)}|{opened(b)}", plan=plans(opened(a), opened(b))):
+        assert torch.equal(greedy(model, ids, 6), dense)
+    held = []
+    for spec in (sparse(a), row):
+        with saccade.attach(model, cache=spec, plan=plans(sparse(a), sparse(b))) as handle, torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            handle.compress()
+            held.append(handle.stats())
+            assert bool(model(ids[:, :1], past_key_values=cache).logits.isfinite().all())
+    assert held[1].kv_bytes <= held[0].kv_bytes
