@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saccade.core import Partial, Selection
+from saccade.core import Partial, Selection, merge
 from saccade.ops.attend.features import Bounds, by_query_head, counted_only, row_bounds
 from saccade.ops.attend.gather import KeyRows
 from saccade.ops.attend.problem import Problem
@@ -31,7 +31,10 @@ def attend(problem: Problem) -> Partial:
     lists = work.lists
     lengths = (lists.start_counts * lists.block_k + lists.token_counts).flatten().cpu()
     for triples in _batches(lengths, max(problem.k.shape[-1], work.rows_per_tile)):
-        work.run(triples.to(problem.q.device), exact=bool(lengths[triples[0]] == lengths[triples[-1]]))
+        if work.plain:
+            work.run_plain(triples.to(problem.q.device))
+        else:
+            work.run(triples.to(problem.q.device), exact=bool(lengths[triples[0]] == lengths[triples[-1]]))
     return work.result()
 
 
@@ -85,6 +88,54 @@ class _Work:
     def rows_per_tile(self) -> int:
         return self.q.shape[1]
 
+    @property
+    def plain(self) -> bool:
+        """Nothing is added to the logits and no gradient is wanted: what every row of a tile sees needs no mask."""
+        p = self.problem
+        added = p.bias is not None or p.low_rank is not None or self.lists.log_weight is not None or p.softcap is not None
+        return self.q.device.type == "cpu" and not (added or p.masked or p.wants_grad)
+
+    def run_plain(self, triples: Tensor) -> None:
+        """Attention of these query tiles in two parts: tiles that all their rows see, and keys at the edge, under a small mask."""
+        s = self.lists
+        pairs = torch.div(triples, s.tiles, rounding_mode="floor")
+        first = (triples % s.tiles) * s.block_q + s.offset
+        starts, tokens = (
+            x.flatten(0, 2)[triples, : int(count.flatten()[triples].max())].long()
+            for x, count in ((s.starts, s.start_counts), (s.tokens, s.token_counts))
+        )
+        limit = first.clamp(max=s.n_k - 1).unsqueeze(-1) if s.causal else s.n_k - 1
+        inner = (starts + (s.block_k - 1) <= limit).all(0)
+        q, parts = self.q[triples].unsqueeze(1), []
+        edge = (starts[:, ~inner].unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(1)
+        ids = torch.cat([edge, tokens], dim=1)
+        lse = self.lse is not None or bool(ids.shape[1])
+        if bool(inner.any()):
+            whole = starts[:, inner]
+            aligned = s.block_k > 1 and not bool((whole % s.block_k).any())
+            k, v = (
+                self.keys.gather_tiles(whole, pairs, s.block_k)
+                if aligned
+                else self.keys.gather((whole.unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(1), pairs)
+            )
+            parts.append(self._part(q, k, v, None, return_lse=lse))
+        if ids.shape[1]:
+            mask = _mask(ids, first, s, q.dtype, False)
+            if mask is not None and mask.shape[1] > 1 and self.group > 1:
+                mask = mask.repeat(1, self.group, 1)
+            k, v = self.keys.gather(ids, pairs)
+            parts.append(self._part(q, k, v, mask, return_lse=True))
+        part = parts[0] if len(parts) == 1 else merge(*parts)
+        self.out[triples] = part.out.squeeze(1)
+        if self.lse is not None and part.lse is not None:
+            self.lse[triples] = part.lse.squeeze(1)
+
+    def _part(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, return_lse: bool) -> Partial:
+        return attend_tile(
+            q, k.unsqueeze(1), v.unsqueeze(1), None if mask is None else mask.unsqueeze(1), scale=self.problem.scale, softcap=None,
+            bias=None, return_lse=return_lse,
+        )  # fmt: skip
+
     def run(self, triples: Tensor, *, exact: bool) -> None:
         """Attention of these query tiles; exact: their lists are equally long."""
         s, problem = self.lists, self.problem
@@ -94,7 +145,7 @@ class _Work:
         seen = self.seen(triples, ids) if problem.masked else None
         if seen is None:
             mask = _mask(ids, first, s, problem.q.dtype, exact)
-            if mask is not None and mask.shape[1] > 1:
+            if mask is not None and mask.shape[1] > 1 and self.group > 1:
                 mask = mask.repeat(1, self.group, 1)
         else:
             mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill(~seen, -torch.inf)

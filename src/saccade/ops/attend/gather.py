@@ -19,8 +19,10 @@ class KeyRows:
     def __init__(self, k: Tensor, v: Tensor, *, heads: int, group: int, reuse: bool = False) -> None:
         self.n_k = k.shape[2]
         self.reuse = reuse
-        kv_head = torch.arange(heads, device=k.device) // group
-        self.sources = [_flat_rows(x, kv_head) for x in (k, v)]
+        self.k, self.v = k, v
+        self.kv_head = torch.arange(heads, device=k.device) // group
+        self.sources = [_flat_rows(x, self.kv_head) for x in (k, v)]
+        self._tiled: dict[int, list[Tensor]] = {}
 
     def gather(self, ids: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """K and V rows for ids `(P, n)` (ids >= n_k give some row) of (batch, list head) pairs `(P,)`: `(P, n, D)`, `(P, n, Dv)`."""
@@ -32,6 +34,29 @@ class KeyRows:
             if self.reuse:
                 rows = scratch(name, shape, flat.dtype, flat.device)
                 torch.index_select(flat, 0, index, out=rows.view(-1, shape[-1]))
+                picked.append(rows)
+            else:
+                picked.append(flat.index_select(0, index).view(shape))
+        return picked[0], picked[1]
+
+    def gather_tiles(self, starts: Tensor, pairs: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """K and V rows of whole tiles, `block` neighbouring keys copied at a time: `(P, M * block, D)`, `(P, M * block, Dv)`.
+
+        starts `(P, M)`: multiples of `block`.
+        """
+        if block not in self._tiled:
+            self._tiled[block] = [
+                torch.nn.functional.pad(x, (0, 0, 0, -self.n_k % block)).contiguous().view(-1, block * x.shape[-1]) for x in (self.k, self.v)
+            ]
+        tiles, heads = -(-self.n_k // block), self.kv_head.shape[0]
+        first = (torch.div(pairs, heads, rounding_mode="floor") * self.k.shape[1] + self.kv_head[pairs % heads]) * tiles
+        index = (torch.div(starts, block, rounding_mode="floor") + first.unsqueeze(-1)).flatten()
+        picked = []
+        for name, flat, x in zip(("gathered keys", "gathered values"), self._tiled[block], (self.k, self.v), strict=True):
+            shape = (starts.shape[0], starts.shape[1] * block, x.shape[-1])
+            if self.reuse:
+                rows = scratch(name, shape, flat.dtype, flat.device)
+                torch.index_select(flat, 0, index, out=rows.view(-1, flat.shape[-1]))
                 picked.append(rows)
             else:
                 picked.append(flat.index_select(0, index).view(shape))
