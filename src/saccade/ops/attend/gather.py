@@ -45,9 +45,8 @@ class KeyRows:
         starts `(P, M)`: multiples of `block`.
         """
         if block not in self._tiled:
-            self._tiled[block] = [
-                torch.nn.functional.pad(x, (0, 0, 0, -self.n_k % block)).contiguous().view(-1, block * x.shape[-1]) for x in (self.k, self.v)
-            ]
+            filled = (torch.nn.functional.pad(x, (0, 0, 0, -self.n_k % block)) for x in (self.k, self.v))
+            self._tiled[block] = [x.contiguous().view(-1, block * x.shape[-1]) for x in filled]
         tiles, heads = -(-self.n_k // block), self.kv_head.shape[0]
         first = (torch.div(pairs, heads, rounding_mode="floor") * self.k.shape[1] + self.kv_head[pairs % heads]) * tiles
         index = (torch.div(starts, block, rounding_mode="floor") + first.unsqueeze(-1)).flatten()

@@ -1,0 +1,243 @@
+"""A sealed segment of parts, each with its own storage form: the parts' attention outputs are merged.
+
+Softmax attention does not ask for the order of its keys, so entries of one kind lie together, whatever their places in the sequence:
+what was quantised finely, what coarsely, what stayed as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saccade.cache.segment import CHUNK, Rectangle, Segment, attend_rectangle
+from saccade.cache.stores import CodedStore, Store, held, take
+from saccade.core import Partial, Rotary, merge
+from saccade.ops import attend
+from saccade.ops.decode import decode_quantised
+from saccade.parts.rotary import turn
+from saccade.parts.rows import pick_rows
+
+FEW = 16  # queries that the decode ops take
+
+Encoder = Callable[[Tensor, Tensor], tuple[Store, Store]]  # keys and values `(B, H, n, ...)` to what holds them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Entries `(B, H, n, ...)`, ascending by position; of each row and head the first `counts (B, H)` (int64, on the CPU) count.
+
+    positions `(B, H or 1, n)` int32. places, rotary: keys are stored before the rotary embedding and belong at these places
+    `(B, H or 1, n)`. key_channels, value_channels `(B, H, d)` int16 ascending: only these are stored, the others are zero; dims: how
+    many channels a key and a value have.
+    """
+
+    keys: Store
+    values: Store
+    positions: Tensor
+    counts: Tensor
+    dims: tuple[int, int]
+    places: Tensor | None = None
+    rotary: Rotary | None = None
+    key_channels: Tensor | None = None
+    value_channels: Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        return bool((self.counts == self.keys.length).all())
+
+    def read_keys(self, begin: int, end: int) -> Tensor:
+        """Stored channels of keys begin ... end - 1 as attention sees them."""
+        keys = self.keys.read(begin, end)
+        if self.rotary is None or self.places is None:
+            return keys
+        return turn(keys, self.places[:, :, begin:end], self.rotary)
+
+    def read(self) -> Rectangle:
+        """All entries, in all channels."""
+        n = self.keys.length
+        keys, values = self.read_keys(0, n), self.values.read(0, n)
+        keys = keys if self.key_channels is None else _spread(keys, self.key_channels, self.dims[0])
+        values = values if self.value_channels is None else _spread(values, self.value_channels, self.dims[1])
+        valid = torch.arange(n, device=keys.device) < self.counts.to(keys.device).unsqueeze(-1)
+        return Rectangle(keys, values, {"positions": self.positions.expand(*keys.shape[:3])}, valid)
+
+    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
+        """Attention of q `(B, Hq, m, D)` over the part, with log-sum-exp."""
+        if self.key_channels is not None:
+            q = _gathered(q, self.key_channels)
+        result = self._fused(q, scale, softcap)
+        if result is None:
+            spans = [(begin, min(begin + CHUNK, self.keys.length)) for begin in range(0, self.keys.length, CHUNK)]
+            result = merge(*(self._span(q, begin, end, scale, softcap) for begin, end in spans))
+        if self.value_channels is None:
+            return result
+        return Partial(_spread(result.out, _for_queries(self.value_channels, q.shape[1]), self.dims[1]), result.lse)
+
+    def _fused(self, q: Tensor, scale: float, softcap: float | None) -> Partial | None:
+        """Codes read as they are; None where they are not of the kind that the op takes."""
+        same = bool((self.counts == self.counts[:, :1]).all())
+        if not (isinstance(self.keys, CodedStore) and isinstance(self.values, CodedStore)) or self.keys.factor is not None:
+            return None
+        if self.rotary is not None or q.shape[2] > FEW or not same:
+            return None
+        lengths = None if self.full else self.counts[:, 0].to(q.device, torch.int32)
+        found = decode_quantised(q, self.keys.packed, self.values.packed, lengths=lengths, scale=scale, softcap=softcap, return_lse=True)
+        if self.values.factor is None:
+            return found
+        factor = self.values.factor.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(
+            q.shape[1] // self.values.factor.shape[1], dim=1
+        )
+        return Partial((found.out * factor).to(q.dtype), found.lse)
+
+    def _span(self, q: Tensor, begin: int, end: int, scale: float, softcap: float | None) -> Partial:
+        keys, values = self.read_keys(begin, end).to(q.dtype), self.values.read(begin, end).to(q.dtype)
+        if bool((self.counts >= end).all()):
+            return attend_rectangle(q, keys, values, scale=scale, softcap=softcap)
+        # rows or heads that hold less than others are masked by a bias
+        gone = torch.arange(begin, end, device=q.device) >= self.counts.to(q.device).unsqueeze(-1)
+        bias = torch.zeros(gone.shape, device=q.device).masked_fill_(gone, -torch.inf)
+        bias = bias.repeat_interleave(q.shape[1] // bias.shape[1], dim=1).unsqueeze(2)
+        return attend(q, keys, values, causal=False, scale=scale, softcap=softcap, bias=bias, return_lse=True)
+
+    def take_rows(self, rows: Tensor) -> Part:
+        tensors = {"positions": self.positions, "counts": self.counts, "places": self.places}
+        tensors |= {"key_channels": self.key_channels, "value_channels": self.value_channels}
+        picked = {name: take(x, rows) for name, x in tensors.items() if x is not None}
+        return replace(self, keys=self.keys.take_rows(rows), values=self.values.take_rows(rows), **picked)
+
+    def before(self, position: int) -> Part:
+        left = (self.positions < position).sum(-1).cpu()
+        return replace(self, counts=torch.minimum(self.counts, left.expand_as(self.counts)))
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + held(self.key_channels, self.value_channels)
+
+    @property
+    def side_bytes(self) -> int:
+        return held(self.positions, self.places)
+
+
+class PartedSegment(Segment):
+    """Entries in parts. Read in the order of their positions. After `before` nothing is encoded again and no storage is freed."""
+
+    encoded = True
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+
+    @classmethod
+    def by_class(
+        cls, keys: Tensor, values: Tensor, side: dict[str, Tensor], classes: Tensor, encoders: Sequence[Encoder],
+        *, places: Tensor | None = None, rotary: Sequence[Rotary | None] | None = None,
+    ) -> PartedSegment:  # fmt: skip
+        """One part for each class of entries that is not empty.
+
+        keys `(B, H, n, D)`, values `(B, H, n, Dv)`, side with "positions" `(B, H, n)`. classes `(B, n)` integers: of each slot, for
+        all heads; an entry of a class without an encoder is left out. Rows may have a class unequally often: the part is as long as
+        its longest row, filled up with copies of a row's last entry. places, rotary: see Part; the encoder of a class whose
+        `rotary` is not None gets keys before the rotary embedding. Raises ValueError where nothing is left.
+        """
+        if tuple(classes.shape) != (keys.shape[0], keys.shape[2]):
+            raise ValueError(f"classes have shape {tuple(classes.shape)}: expected one for each row and slot of {tuple(keys.shape)} keys")
+        parts = []
+        batch, heads, n = keys.shape[:3]
+        for index, encoder in enumerate(encoders):
+            chosen = classes == index
+            counts = chosen.sum(-1)
+            longest = int(counts.max()) if counts.numel() else 0
+            if not longest:
+                continue
+            order = torch.sort((~chosen).to(torch.uint8), dim=-1, stable=True).indices
+            last = torch.minimum(torch.arange(longest, device=order.device), (counts - 1).clamp(min=0).unsqueeze(-1))
+            slots = order.gather(1, last).unsqueeze(1).expand(batch, heads, longest)
+            turned = None if rotary is None else rotary[index]
+            own = None if turned is None or places is None else places.gather(2, slots)
+            k, v = pick_rows(keys, slots), pick_rows(values, slots)
+            if own is not None and turned is not None:
+                k = turn(k, -own, turned)
+            key_store, value_store = encoder(k, v)
+            parts.append(Part(
+                keys=key_store, values=value_store, positions=shared(side["positions"].gather(2, slots)),
+                counts=counts.cpu().unsqueeze(1).repeat(1, heads), dims=(keys.shape[-1], values.shape[-1]),
+                places=None if own is None else shared(own), rotary=turned if own is not None else None,
+            ))  # fmt: skip
+        if not parts:
+            raise ValueError(f"no class of the {n} entries has an encoder: there is nothing to seal")
+        return cls(parts)
+
+    @property
+    def length(self) -> int:
+        return int(self._counts.max()) if self._counts.numel() else 0
+
+    @property
+    def _counts(self) -> Tensor:
+        return torch.stack([part.counts for part in self.parts]).sum(0)
+
+    def lengths(self) -> list[list[int]]:
+        return self._counts.tolist()
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(part.kv_bytes for part in self.parts)
+
+    @property
+    def side_bytes(self) -> int:
+        return sum(part.side_bytes for part in self.parts)
+
+    def read(self, begin: int, end: int) -> Rectangle:
+        """Slots begin ... end - 1 of each head in the order of their positions (every part is decoded for it)."""
+        if not 0 <= begin < end <= self.length:
+            raise ValueError(f"slots {begin} to {end} are not a range inside a segment of {self.length}")
+        found = [part.read() for part in self.parts]
+        valid = torch.cat([x.valid for x in found if x.valid is not None], 2)
+        positions = torch.cat([x.side["positions"] for x in found], 2)
+        far = torch.iinfo(positions.dtype).max
+        order = torch.sort(positions.masked_fill(~valid, far), dim=-1, stable=True).indices[..., begin:end]
+        keys, values = (torch.cat(x, 2) for x in ([f.keys for f in found], [f.values for f in found]))
+        mine = valid.gather(2, order)
+        side = {"positions": positions.gather(2, order)}
+        return Rectangle(pick_rows(keys, order), pick_rows(values, order), side, None if bool(mine.all()) else mine)
+
+    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
+        return merge(*(part.attend(q, scale=scale, softcap=softcap) for part in self.parts))
+
+    def take_rows(self, rows: Tensor) -> PartedSegment:
+        return PartedSegment([part.take_rows(rows) for part in self.parts])
+
+    def bound_to(self, row: int) -> PartedSegment:
+        """Shares its storage with this segment: sealed entries never change."""
+        new = copy.copy(self)
+        new.row = row
+        return new
+
+    def before(self, position: int) -> PartedSegment:
+        new = copy.copy(self)
+        new.parts = tuple(part.before(position) for part in self.parts)
+        return new
+
+
+def shared(x: Tensor) -> Tensor:
+    """A side array `(B, H, n)` as `(B, 1, n)` where all heads agree; always a copy."""
+    return x[:, :1].clone() if bool((x == x[:, :1]).all()) else x.clone()
+
+
+def _for_queries(channels: Tensor, heads: int) -> Tensor:
+    """Channels of key/value heads `(B, H, d)` for `heads` query heads, `(B, Hq, 1, d)` int64."""
+    return channels.long().repeat_interleave(heads // channels.shape[1], dim=1).unsqueeze(2)
+
+
+def _gathered(q: Tensor, channels: Tensor) -> Tensor:
+    """q `(B, Hq, m, D)` in the channels that its group's keys have, `(B, Hq, m, d)`."""
+    picked = _for_queries(channels, q.shape[1])
+    return q.gather(3, picked.expand(-1, -1, q.shape[2], -1))
+
+
+def _spread(x: Tensor, channels: Tensor, dim: int) -> Tensor:
+    """x `(B, H, m, d)` in `channels`, `(B, H, d)` or `(B, H, 1, d)`, of `dim`; 0 in the others."""
+    channels = (channels if channels.ndim == 4 else channels.unsqueeze(2)).long()
+    return x.new_zeros(*x.shape[:3], dim).scatter(3, channels.expand_as(x), x)

@@ -1,0 +1,137 @@
+"""How the keys or the values of a sealed part lie in memory: as they are, or in packed codes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from saccade.ops.decode import Packed
+from saccade.ops.quant import affine_parameters, affine_quantise, encode, hadamard, pack_words
+
+
+class Store(ABC):
+    """Entries `(B, H, n, d)` that no longer change."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """n."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of storage, parameters included."""
+
+    @abstractmethod
+    def read(self, begin: int, end: int) -> Tensor:
+        """Entries begin ... end - 1, `(B, H, end - begin, d)`."""
+
+    @abstractmethod
+    def take_rows(self, rows: Tensor) -> Store:
+        """These batch rows."""
+
+
+@dataclass(frozen=True)
+class PlainStore(Store):
+    """The entries themselves, `(B, H, n, d)`."""
+
+    entries: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.entries.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return held(self.entries)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        return self.entries[:, :, begin:end]
+
+    def take_rows(self, rows: Tensor) -> PlainStore:
+        return PlainStore(take(self.entries, rows))
+
+
+@dataclass(frozen=True)
+class CodedStore(Store):
+    """Codes that the fused decode op reads, times `factor (B, H, 1, d)` for each channel where one is given. dtype: of what is read."""
+
+    packed: Packed
+    dtype: torch.dtype
+    factor: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.packed.length
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (getattr(self.packed, f.name) for f in fields(self.packed))
+        return held(*(x for x in tensors if isinstance(x, Tensor)), self.factor)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        x = self.packed.read(begin, end, torch.promote_types(self.dtype, torch.float32))
+        return (x if self.factor is None else x * self.factor.to(x.dtype)).to(self.dtype)
+
+    def take_rows(self, rows: Tensor) -> CodedStore:
+        by_row = ("codes", "scale", "zero", "outlier_index", "outlier_delta")  # a codebook serves all rows
+        picked = {name: take(x, rows) for name in by_row if (x := getattr(self.packed, name)) is not None}
+        return CodedStore(replace(self.packed, **picked), self.dtype, None if self.factor is None else take(self.factor, rows))
+
+
+def by_channel(x: Tensor, bits: int, group: int | None = None) -> CodedStore:
+    """x `(B, H, n, d)` with one scale and zero for each channel of `group` tokens (default: of all)."""
+    return CodedStore(Packed.of(x, bits, granularity="channel", group=x.shape[2] if group is None else group), x.dtype)
+
+
+def by_token(x: Tensor, bits: int, group: int, *, clip: float = 1.0, rotate: bool = False) -> CodedStore:
+    """x `(B, H, n, d)` with one scale and whole zero point for `group` channels of a token (all, where d is less).
+
+    With s the step and a the minimum, both after the range was shrunk by `clip`: code = clamp(round(x / s) + z, 0, 2^bits - 1),
+    z = -round(a / s), x' = s (code - z) (akvq-vl, step 5). rotate: the channels are turned by the Hadamard transform first.
+    """
+    x, dtype = hadamard(x) if rotate else x, x.dtype
+    group = min(group, x.shape[-1])
+    scale, low = affine_parameters(x, bits, -1, group=group, clip=clip)
+    wide = torch.promote_types(dtype, torch.float32)
+    step = scale.to(wide)
+    # a constant vector has no step, and stands at its minimum
+    zero = torch.where(step > 0, step * (low.to(wide) / torch.where(step > 0, step, 1.0)).round(), low.to(wide)).to(dtype)
+    return CodedStore(Packed(
+        codes=pack_words(encode(x, scale, zero, bits), bits), bits=bits, dim=x.shape[-1], scale=scale, zero=zero, granularity="token",
+        group=group, rotated=rotate,
+    ), dtype)  # fmt: skip
+
+
+def channel_factor(values: Tensor) -> Tensor:
+    """zipcache's `c = sqrt(max_t |V[t]|)` for each channel of values `(B, H, n, d)`: `(B, H, 1, d)`; 1 where all are 0."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    factor = values.abs().amax(2, keepdim=True).to(wide).sqrt().to(values.dtype)
+    return torch.where(factor > 0, factor, 1.0)
+
+
+def by_token_over_heads(x: Tensor, bits: int, factor: Tensor) -> CodedStore:
+    """x `(B, H, n, d)` divided by `factor (B, H, 1, d)`, with one scale and zero for each token over all heads and channels."""
+    codes, scale, zero = affine_quantise(x / factor, bits, (1, 3))
+    size = (*x.shape[:3], 1)
+    packed = Packed(
+        codes=pack_words(codes, bits), bits=bits, dim=x.shape[-1], scale=scale.expand(size), zero=zero.expand(size), granularity="token",
+        group=x.shape[-1],
+    )  # fmt: skip
+    return CodedStore(packed, x.dtype, factor)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Batch rows of x; what all heads share stays stored once."""
+    rows = rows.to(x.device)
+    if x.ndim > 1 and x.shape[1] > 1 and x.stride(1) == 0:
+        return x[:, :1].index_select(0, rows).expand(len(rows), *x.shape[1:])
+    return x.index_select(0, rows)
+
+
+def held(*tensors: Tensor | None) -> int:
+    """Bytes of the storage behind these tensors."""
+    return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
