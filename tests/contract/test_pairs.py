@@ -33,7 +33,8 @@ def refused(a: str, b: str) -> str | None:
     for one, other in ((a, b), (b, a)):
         if info(other).phase in info(one).also:
             return f"{one} acts on the {info(other).phase} phase too"
-        if info(one).phase == "cache" and info(other).phase == "decode" and (info(one).encodes or info(one).ragged):
+        decodes = info(other).phase == "decode" or "decode" in info(other).also
+        if info(one).phase == "cache" and decodes and (info(one).encodes or info(one).ragged):
             return "use one of the two"
     shared = (info(a).also & info(b).also) - {info(a).phase, info(b).phase}
     return "phase too" if shared else None

@@ -1,13 +1,17 @@
-"""`saccade train pocket`: the recipe of the model that ships with the package."""
+"""`saccade train`: the recipe of the model that ships with the package, and one that extends any model's context."""
 
 from __future__ import annotations
 
+import json
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from saccade.train.extend import ExtendConfig
 
 
 class Recipe(StrEnum):
@@ -16,24 +20,68 @@ class Recipe(StrEnum):
     length = "pocket-length"
     finish = "pocket-finish"
     tiny = "tiny"
+    extend = "extend"
+
+
+class Positions(StrEnum):
+    interpolate = "interpolate"
+    base = "base"
+    keep = "keep"
+
+
+class Adapt(StrEnum):
+    lora_plus = "lora+"
+    lora = "lora"
+    full = "full"
 
 
 def command(
     recipe: Annotated[
-        Recipe, typer.Argument(help="pocket, then -chains, -length and -finish with --start: minutes on GPUs; tiny: seconds on a CPU.")
+        Recipe,
+        typer.Argument(
+            help="pocket, then -chains, -length and -finish with --start: minutes on GPUs; tiny: seconds on a CPU; "
+            "extend: a longer context for the model in --start."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for checkpoints, metrics and the model; a run in it is resumed (not by extend).")
+    ],
     start: Annotated[
-        Path | None, typer.Option("--start", help="pocket-chains, -length, -finish: folder with the weights to go on from.")
+        Path | None, typer.Option("--start", help="pocket-chains, -length, -finish, extend: folder with the weights to go on from.")
     ] = None,
     seconds: Annotated[float | None, typer.Option("--seconds", help="Length of the run; the shipped model's by default.", min=10)] = None,
-    steps: Annotated[int, typer.Option("--steps", help="tiny: length of the run.", min=1)] = 16,
-    examine: Annotated[bool, typer.Option("--examine/--no-examine", help="Score the model by length at the end (not for tiny).")] = True,
+    steps: Annotated[int | None, typer.Option("--steps", help="Length of the run; tiny: 16, extend: 1000 by default.", min=1)] = None,
+    examine: Annotated[bool, typer.Option("--examine/--no-examine", help="Score the model by length at the end (pocket).")] = True,
+    context: Annotated[int | None, typer.Option("--context", help="extend: tokens the model should serve.", min=2)] = None,
+    original: Annotated[
+        int | None, typer.Option("--original", help="extend: tokens it was trained for; what its configuration says.", min=2)
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="extend: the prefill method that runs in training; dense for none.")] = "longlora",
+    positions: Annotated[Positions, typer.Option("--positions", help="extend: how positions are stretched.")] = Positions.interpolate,
+    adapt: Annotated[
+        Adapt, typer.Option("--adapt", help="extend: train adapters with embeddings and norms, adapters alone, or everything.")
+    ] = Adapt.lora_plus,
+    rank: Annotated[int, typer.Option("--rank", help="extend: rank of the adapters.", min=1)] = 8,
+    batch: Annotated[int, typer.Option("--batch", help="extend: sequences a step, run one at a time.", min=1)] = 64,
+    rate: Annotated[float, typer.Option("--rate", help="extend: learning rate after 20 steps.")] = 2e-5,
+    data: Annotated[Path | None, typer.Option("--data", help="extend: a UTF-8 text file; Python sources by default.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="extend: decides what is drawn.")] = 0,
 ) -> None:
-    """Train the pocket model from the Python sources installed beside the interpreter.
+    """Train the pocket model from the Python sources installed beside the interpreter, or extend a model's context.
 
-    Runs alone or under torchrun (`torchrun --nproc-per-node 2 -m saccade.cli.main train pocket -o runs/pocket`).
+    Runs alone or under torchrun (`torchrun --nproc-per-node 2 -m saccade.cli.main train pocket -o runs/pocket`; extend: alone).
     """
+    if recipe is Recipe.extend:
+        if start is None or context is None:
+            raise ValueError("extend needs the model and the tokens it should serve: give --start FOLDER and --context N")
+        from saccade.train.extend import ExtendConfig
+
+        settings = ExtendConfig(
+            start=start, out=out, context=context, original=original, positions=positions.value, adapt=adapt.value,
+            rank=rank, alpha=2 * rank, method=None if method == "dense" else method, batch=batch, rate=rate, seed=seed,
+            steps=1000 if steps is None else steps,
+        )  # fmt: skip
+        return _extend(settings, data)
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from saccade.cli.console import console, write
@@ -41,11 +89,7 @@ def command(
     from saccade.train.pocket import train
     from saccade.train.report import write_report
 
-    folder = out.parent
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder for the run")
-    if not folder.is_dir():
-        raise ValueError(f"the folder {folder} does not exist: create it, or give another --out")
+    _check_folder(out)
     given = {} if seconds is None else {"seconds": seconds}
     follow_ups = {Recipe.chains: chains_config, Recipe.length: length_config, Recipe.finish: finish_config}
     if recipe in follow_ups:
@@ -53,10 +97,10 @@ def command(
             raise ValueError(f"{recipe.value} goes on from trained weights: give their folder with --start (given: {start})")
         config = follow_ups[recipe](out, start, **given)
     else:
-        config = tiny_config(out, steps) if recipe is Recipe.tiny else pocket_config(out, **given)
+        config = tiny_config(out, steps or 16) if recipe is Recipe.tiny else pocket_config(out, **given)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing the text", total=config.seconds or steps)
+        task = bar.add_task("preparing the text", total=config.seconds or config.steps)
 
         def show(row: dict[str, Any]) -> None:
             done = row["seconds"] if config.seconds else row["step"]
@@ -68,3 +112,33 @@ def command(
         import torch
 
         write(f"scores: {write_report(weights, 'cuda' if torch.cuda.is_available() else 'cpu')}")
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder for the run")
+    if not out.parent.is_dir():
+        raise ValueError(f"the folder {out.parent} does not exist: create it, or give another --out")
+
+
+def _extend(config: ExtendConfig, data: Path | None) -> None:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from saccade.cli.console import console, write
+    from saccade.train.corpus import load_corpus
+    from saccade.train.extend import extend
+
+    _check_folder(config.out)
+    if data is not None and not data.is_file():
+        raise ValueError(f"the text file {data} does not exist: give the path of a UTF-8 text file")
+    text = load_corpus(16.0)[0].decode() if data is None else data.read_text(encoding="utf-8")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading the text", total=config.steps)
+        weights = extend(
+            config, text, lambda row: bar.update(task, completed=row["step"], description=f"step {row['step']}  loss {row['loss']:.3f}")
+        )
+    report = json.loads((config.out / "report.json").read_text(encoding="utf-8"))
+    write(f"model: {weights}")
+    for n, before, after in zip(report["lengths"], report["nats_before"], report["nats_after"], strict=True):
+        write(f"nats a token at {n}: {before:.3f} before, {after:.3f} after")

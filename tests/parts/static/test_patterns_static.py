@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from saccade.parts.static import CachePlan, Pattern, compile_pattern, group, head_offsets, pow2, sink, stride, window
+from saccade.parts.static import CachePlan, Pattern, compile_pattern, group, head_offsets, pow2, since, sink, stride, window
 
 N = 61
 PATTERNS: dict[str, Pattern] = {
@@ -27,6 +27,8 @@ PATTERNS: dict[str, Pattern] = {
     "group and window": group(16, 8) & window(5),
     "stride and window": stride(7) & window(11),
     "powers and stride": pow2() & stride(3, 1),
+    "since": since(20),
+    "wrapped group": group(16, (0, 8)) | (since(56) & sink((0, 8))),
     "either of two": (sink(2) | window(3)) & (stride(2) | group(8)),
 }
 every = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())

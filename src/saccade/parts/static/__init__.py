@@ -2,6 +2,6 @@
 
 from saccade.parts.static.compiled import Compiled, compile_pattern
 from saccade.parts.static.keepset import CachePlan
-from saccade.parts.static.pattern import Pattern, group, head_offsets, pow2, sink, stride, window
+from saccade.parts.static.pattern import Pattern, group, head_offsets, pow2, since, sink, stride, window
 
-__all__ = ["CachePlan", "Compiled", "Pattern", "compile_pattern", "group", "head_offsets", "pow2", "sink", "stride", "window"]
+__all__ = ["CachePlan", "Compiled", "Pattern", "compile_pattern", "group", "head_offsets", "pow2", "since", "sink", "stride", "window"]

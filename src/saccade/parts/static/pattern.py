@@ -5,6 +5,7 @@
     stride(v, offset)  (floor(j / block) + offset) mod v == 0           absolute in j, so that columns stay or go for good
     pow2()             D = 0 or |D| a power of two
     group(g, shift)    floor((i + shift) / g) == floor((j + shift) / g)  tokens
+    since(p)           i >= p, a bound on queries alone
 
 joined by `|` and `&`. Every number may be a tuple, one entry a head. Causality (j <= i) is added where a pattern is compiled.
 Sources: s2-attention 2407.17678, longlora 2309.12307, longgen 2410.01485, powerattention 2503.03588, moa 2406.14909.
@@ -226,6 +227,31 @@ class Group(Pattern):
 
 
 @dataclass(frozen=True)
+class Since(Pattern):
+    start: PerHead
+
+    @property
+    def heads(self) -> int:
+        return _heads(self.start)
+
+    @property
+    def evictable(self) -> bool:
+        return False
+
+    def allow(self, q: Tensor, k: Tensor) -> Tensor:
+        place = q + torch.zeros_like(k)
+        return place >= _spread(self.start, place)
+
+    def tiles(self, at: Ranges) -> Bounds:
+        last, first = at.q1 - 1 + torch.zeros_like(at.k0), at.q0 + torch.zeros_like(at.k0)
+        some = last >= _spread(self.start, last)
+        return Bounds(some, some, first >= _spread(self.start, first))
+
+    def needed(self, k: Tensor, t: int) -> Tensor:
+        return torch.ones_like(k, dtype=torch.bool)  # some later query stands behind the start
+
+
+@dataclass(frozen=True)
 class AnyOf(Pattern):
     first: Pattern
     second: Pattern
@@ -324,6 +350,11 @@ def pow2(*, block: int = 1) -> Pattern:
 def group(size: int | Sequence[int], shift: int | Sequence[int] = 0) -> Pattern:
     """Tokens of the query's own group of `size`; shifted, the borders lie at size - shift, 2 * size - shift, ..."""
     return _checked(Group(_number("group size", size, 1), _number("group shift", shift, 0)))
+
+
+def since(start: int | Sequence[int]) -> Pattern:
+    """Everything, for queries from position `start` on; to be joined with others by `&`."""
+    return _checked(Since(_number("first query", start, 0)))
 
 
 def _checked(pattern: Pattern) -> Pattern:
