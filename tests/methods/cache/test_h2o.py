@@ -11,8 +11,9 @@ from torch import Tensor
 import saccade
 from saccade.core import Budget, CachePolicy
 from saccade.methods import build
-from saccade.methods.cache.h2o import H2O, MASS
+from saccade.methods.cache.h2o import H2O
 from saccade.methods.cache.streaming_llm import StreamingLLM
+from saccade.parts.accumulated import MASS
 
 
 def simulated(

@@ -15,20 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from saccade.core import Budget, CachePolicy, Info, LayerContext, Mass, StoredKV, Threshold, register
-from saccade.parts.keep import keep_best
-from saccade.parts.mass_sums import mass_sums
-from saccade.parts.recent_queries import GUESSES, recall, remember
-
-MASS = "mass"  # the side array of S
+from saccade.core import Budget, Info, LayerContext, Mass, StoredKV, Threshold, register
+from saccade.parts.accumulated import accumulate, accumulated
+from saccade.parts.scored import Scored
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class H2O(CachePolicy):
+class H2O(Scored):
     """Keeps b entries a head: the heavy hitters and the newest.
 
     budget: b, a share of the tokens seen (it grows with them) or a number of tokens. recent: the share of b that goes
@@ -51,34 +47,14 @@ class H2O(CachePolicy):
             raise ValueError(f"recent={self.recent} is not a share of the budget: give a number from 0 to 1")
 
     def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
-        waiting = recall(ctx.state, ctx.seen - q.shape[2])
-        queries = q if waiting is None else torch.cat([waiting, q], dim=2)
-        # tokens after the first of a call may be guesses that are taken back: what they look at is added later
-        self._settle(ctx, kv, queries, keep=GUESSES if q.shape[2] > 1 else 0)
+        accumulate(ctx, kv, q)
 
     def due(self, ctx: LayerContext, length: int) -> bool:
-        return length > Budget.of(self.budget).tokens(ctx.seen)
+        return length > self.room(ctx)[0]
 
-    def compress(self, ctx: LayerContext, kv: StoredKV) -> None:
+    def room(self, ctx: LayerContext) -> tuple[int, int]:
         count = Budget.of(self.budget).tokens(ctx.seen)
-        if count >= kv.length:
-            return
-        self._settle(ctx, kv, recall(ctx.state, ctx.seen), keep=0)
-        keep_best(kv, kv.side[MASS], count, recent=int(count * self.recent))
+        return count, int(count * self.recent)
 
-    def _settle(self, ctx: LayerContext, kv: StoredKV, queries: Tensor | None, keep: int) -> None:
-        """Add the attention of these newest queries to S, all but the last `keep`, which wait."""
-        mass = kv.side.get(MASS)
-        if mass is None:
-            shape = (kv.keys.shape[0], kv.heads, kv.length)
-            mass = torch.zeros(shape, dtype=torch.promote_types(kv.keys.dtype, torch.float32), device=kv.keys.device)
-        if queries is not None:
-            waiting = min(keep, queries.shape[2])
-            settled = queries.shape[2] - waiting
-            sums = mass_sums(
-                queries[:, :, :settled], kv.keys, scale=ctx.scale, softcap=ctx.softcap, valid=kv.valid, behind=waiting
-            )
-            # where one latent is stored for all heads: what they received together
-            mass = mass + sums.unflatten(1, (kv.heads, -1)).sum(2)
-            remember(ctx.state, queries[:, :, settled:], ctx.seen, waiting)
-        kv.side[MASS] = mass
+    def scores(self, ctx: LayerContext, kv: StoredKV) -> Tensor:
+        return accumulated(ctx, kv)

@@ -19,15 +19,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from saccade.core import Budget, CachePolicy, Info, LayerContext, Mass, StoredKV, Threshold, register
-from saccade.parts.keep import keep_best
+from saccade.core import Budget, Info, LayerContext, Mass, StoredKV, Threshold, register
 from saccade.parts.recent_queries import GUESSES, recall, remember
+from saccade.parts.scored import Scored
 from saccade.parts.window_votes import window_votes
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(CachePolicy):
+class SnapKV(Scored):
     """Keeps the observation window and the entries it votes for; a later turn is compressed again, with its own window.
 
     budget: entries kept per head, the window included: a number of tokens, or a share of the tokens seen. window:
@@ -63,13 +63,14 @@ class SnapKV(CachePolicy):
         # the prompt may end some tokens before these do: guesses at its end can be taken back
         remember(ctx.state, q, ctx.seen, self.window + GUESSES)
 
-    def compress(self, ctx: LayerContext, kv: StoredKV) -> None:
+    def room(self, ctx: LayerContext) -> tuple[int, int]:
+        return Budget.of(self.budget).tokens(ctx.seen), self.window
+
+    def scores(self, ctx: LayerContext, kv: StoredKV) -> Tensor | None:
         queries = recall(ctx.state, ctx.seen)
-        count = Budget.of(self.budget).tokens(ctx.seen)
-        if queries is None or count >= kv.length:
-            return
-        votes = window_votes(
+        if queries is None:
+            return None
+        return window_votes(
             queries[:, :, -self.window :], kv.keys, scale=ctx.scale, softcap=ctx.softcap, valid=kv.valid,
             kernel=self.kernel, pooling=self.pooling, behind=self.window,
         )  # fmt: skip
-        keep_best(kv, votes, count, recent=self.window)
