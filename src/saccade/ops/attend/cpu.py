@@ -17,10 +17,11 @@ from saccade.core import Partial, Selection, merge
 from saccade.ops.attend.features import Bounds, by_query_head, counted_only, row_bounds
 from saccade.ops.attend.gather import KeyRows
 from saccade.ops.attend.problem import Problem
-from saccade.ops.attend.tile import attend_tile
+from saccade.ops.attend.tile import attend_tile, cpu_flash
 
 CHUNK = 1 << 24  # elements of gathered keys, or of one mask, held at a time
 SLACK = 1.15  # how much longer than the shortest the longest list of a batched call may be
+FEW = 32  # single tokens that a list of a batched call may have more than another in any case
 
 
 def attend(problem: Problem) -> Partial:
@@ -29,24 +30,32 @@ def attend(problem: Problem) -> Partial:
         problem = replace(problem, k=counted_only(problem, problem.k), v=counted_only(problem, problem.v))
     work = _Work.of(problem)
     lists = work.lists
-    lengths = (lists.start_counts * lists.block_k + lists.token_counts).flatten().cpu()
-    for triples in _batches(lengths, max(problem.k.shape[-1], work.rows_per_tile)):
+    tiles, tokens = (x.flatten().cpu() for x in (lists.start_counts, lists.token_counts))
+    for triples in _batches(tiles * lists.block_k, tokens, max(problem.k.shape[-1], work.rows_per_tile)):
         if work.plain:
             work.run_plain(triples.to(problem.q.device))
         else:
-            work.run(triples.to(problem.q.device), exact=bool(lengths[triples[0]] == lengths[triples[-1]]))
+            alike = all(bool((count[triples] == count[triples[0]]).all()) for count in (tiles, tokens))
+            work.run(triples.to(problem.q.device), exact=alike)
     return work.result()
 
 
-def _batches(lengths: Tensor, width: int) -> Iterator[Tensor]:
-    """Triples in order of length, cut where lengths differ too much or a batch would grow too large; empty lists are left out."""
-    order = torch.argsort(lengths, stable=True)
-    ordered = lengths[order].tolist()
-    begin = next((i for i, n in enumerate(ordered) if n), len(ordered))
-    while begin < len(ordered):
-        end = begin
-        while end < len(ordered) and ordered[end] <= SLACK * ordered[begin] and (end - begin + 1) * ordered[end] * width <= CHUNK:
-            end += 1
+def _batches(tiles: Tensor, tokens: Tensor, width: int) -> Iterator[Tensor]:
+    """Triples with about equally many keys in tiles, and as single tokens, together; empty lists are left out.
+
+    Cut where either number differs too much or a batch would grow too large.
+    """
+    order = torch.argsort(tiles * (int(tokens.max()) + 1) + tokens, stable=True)
+    a, b = tiles[order].tolist(), tokens[order].tolist()
+    begin = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x or y), len(a))
+    while begin < len(a):
+        end, fewest, most = begin, b[begin], b[begin]
+        while end < len(a):
+            low, high = min(fewest, b[end]), max(most, b[end])
+            alike = a[end] <= SLACK * a[begin] and high <= max(SLACK * low, low + FEW)
+            if not alike or (end - begin + 1) * (a[end] + high) * width > CHUNK:
+                break
+            end, fewest, most = end + 1, low, high
         end = max(end, begin + 1)
         yield order[begin:end]
         begin = end
@@ -104,21 +113,29 @@ class _Work:
             x.flatten(0, 2)[triples, : int(count.flatten()[triples].max())].long()
             for x, count in ((s.starts, s.start_counts), (s.tokens, s.token_counts))
         )
+        # last tiles, which rows see in part, stand in the same columns
+        starts = _ends_aligned(starts, s.start_counts.flatten()[triples], s.n_k)
         limit = first.clamp(max=s.n_k - 1).unsqueeze(-1) if s.causal else s.n_k - 1
-        inner = (starts + (s.block_k - 1) <= limit).all(0)
+        whole, single = ((x <= limit).all(0) for x in (starts + (s.block_k - 1), tokens))
+        within = torch.arange(s.block_k, device=s.device)
+        own = self.own_tiles(starts, first)
+        if own:
+            whole, starts, diagonal = whole[:-own], starts[:, :-own], starts[:, -own:]
+        edge, inner = (x.unsqueeze(-1).add(within).flatten(1) for x in (starts[:, ~whole], starts[:, whole]))
+        ids = torch.cat([edge, tokens[:, ~single]], dim=1)
         q, parts = self.q[triples].unsqueeze(1), []
-        edge = (starts[:, ~inner].unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(1)
-        ids = torch.cat([edge, tokens], dim=1)
-        lse = self.lse is not None or bool(ids.shape[1])
-        if bool(inner.any()):
-            whole = starts[:, inner]
-            aligned = s.block_k > 1 and not bool((whole % s.block_k).any())
-            k, v = (
-                self.keys.gather_tiles(whole, pairs, s.block_k)
-                if aligned
-                else self.keys.gather((whole.unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(1), pairs)
-            )
-            parts.append(self._part(q, k, v, None, return_lse=lse))
+        lse = self.lse is not None or bool(ids.shape[1]) or bool(own) + bool(whole.any()) + bool(single.any()) > 1
+        if s.block_k > 1 and not bool((inner[:, :: s.block_k] % s.block_k).any()):
+            groups = [(True, starts[:, whole]), (False, tokens[:, single])]
+        else:
+            groups = [(False, torch.cat([inner, tokens[:, single]], dim=1))]
+        for tiles, listed in groups:
+            if listed.shape[1]:
+                k, v = self.keys.gather_tiles(listed, pairs, s.block_k) if tiles else self.keys.gather(listed, pairs)
+                parts.append(self._part(q, k, v, None, return_lse=lse))
+        if own:
+            k, v = self.keys.gather((diagonal.unsqueeze(-1) + within).flatten(1), pairs)
+            parts.append(self.on_diagonal(q, k, v))
         if ids.shape[1]:
             mask = _mask(ids, first, s, q.dtype, False)
             if mask is not None and mask.shape[1] > 1 and self.group > 1:
@@ -129,6 +146,22 @@ class _Work:
         self.out[triples] = part.out.squeeze(1)
         if self.lse is not None and part.lse is not None:
             self.lse[triples] = part.lse.squeeze(1)
+
+    def own_tiles(self, starts: Tensor, first: Tensor) -> int:
+        """How many of the last tiles are the rows' own keys, exactly, in every list; 0 where they are not."""
+        s = self.lists
+        count = s.block_q // s.block_k
+        if not s.causal or s.block_q % s.block_k or not 0 < count <= starts.shape[1] or self.q.shape[-1] != self.problem.v.shape[-1]:
+            return 0
+        wanted = first.unsqueeze(-1) + torch.arange(0, s.block_q, s.block_k, device=s.device)
+        return count if bool((starts[:, -count:] == wanted).all()) else 0
+
+    def on_diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """Causal attention of rows `(P, 1, group * block_q, D)` over their own keys `(P, block_q, D)`."""
+        heads = q.unflatten(2, (self.group, -1)).squeeze(1)
+        k, v = (x.unsqueeze(1).expand(-1, self.group, -1, -1) for x in (k, v))
+        out, lse = cpu_flash(heads, k, v, self.problem.scale, causal=True)
+        return Partial(out.flatten(1, 2).unsqueeze(1), lse.flatten(1, 2).unsqueeze(1))
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, return_lse: bool) -> Partial:
         return attend_tile(
@@ -233,6 +266,15 @@ def _key_ids(s: Selection, triples: Tensor) -> tuple[Tensor, int]:
     if n_tokens:
         ids = torch.cat([ids, s.tokens.flatten(0, 2)[triples, :n_tokens].long()], dim=1)
     return ids, n_tokens
+
+
+def _ends_aligned(starts: Tensor, counts: Tensor, n_k: int) -> Tensor:
+    """`starts (P, M)` with what fills up shorter lists, `counts (P,)` long, moved to their beginning."""
+    gaps = starts.shape[1] - counts.long()
+    if not bool(gaps.any()):
+        return starts
+    places = torch.arange(starts.shape[1], device=starts.device) - gaps.unsqueeze(-1)
+    return starts.gather(1, places.clamp(min=0)).masked_fill_(places < 0, n_k)
 
 
 def _mask(ids: Tensor, first: Tensor, s: Selection, dtype: torch.dtype, exact: bool) -> Tensor | None:
