@@ -102,7 +102,7 @@ class _Work:
         """Nothing is added to the logits and no gradient is wanted: what every row of a tile sees needs no mask."""
         p = self.problem
         added = p.bias is not None or p.low_rank is not None or self.lists.log_weight is not None or p.softcap is not None
-        return self.q.device.type == "cpu" and not (added or p.masked or p.wants_grad)
+        return self.q.device.type == "cpu" and not (added or p.ragged or p.wants_grad)
 
     def run_plain(self, triples: Tensor) -> None:
         """Attention of these query tiles in two parts: tiles that all their rows see, and keys at the edge, under a small mask."""
@@ -115,10 +115,15 @@ class _Work:
         )
         # last tiles, which rows see in part, stand in the same columns
         starts = _ends_aligned(starts, s.start_counts.flatten()[triples], s.n_k)
-        limit = first.clamp(max=s.n_k - 1).unsqueeze(-1) if s.causal else s.n_k - 1
-        whole, single = ((x <= limit).all(0) for x in (starts + (s.block_k - 1), tokens))
         within = torch.arange(s.block_k, device=s.device)
-        own = self.own_tiles(starts, first)
+        if self.problem.q_positions is None:
+            limit = first.clamp(max=s.n_k - 1).unsqueeze(-1) if s.causal else s.n_k - 1
+            whole, single = ((x <= limit).all(0) for x in (starts + (s.block_k - 1), tokens))
+            own = self.own_tiles(starts, first)
+        else:
+            seen = self.seen_by_all(triples, torch.cat([(starts.unsqueeze(-1) + within).flatten(1), tokens], dim=1)).all(0)
+            whole, single = seen[: starts.shape[1] * s.block_k].view(-1, s.block_k).all(1), seen[starts.shape[1] * s.block_k :]
+            own = 0
         if own:
             whole, starts, diagonal = whole[:-own], starts[:, :-own], starts[:, -own:]
         edge, inner = (x.unsqueeze(-1).add(within).flatten(1) for x in (starts[:, ~whole], starts[:, whole]))
@@ -137,9 +142,13 @@ class _Work:
             k, v = self.keys.gather((diagonal.unsqueeze(-1) + within).flatten(1), pairs)
             parts.append(self.on_diagonal(q, k, v))
         if ids.shape[1]:
-            mask = _mask(ids, first, s, q.dtype, False)
-            if mask is not None and mask.shape[1] > 1 and self.group > 1:
-                mask = mask.repeat(1, self.group, 1)
+            if self.problem.q_positions is not None:
+                visible = self.seen(triples, ids)
+                mask = torch.zeros(visible.shape, dtype=q.dtype, device=ids.device).masked_fill_(~visible, -torch.inf)
+            else:
+                mask = _mask(ids, first, s, q.dtype, False)
+                if mask is not None and mask.shape[1] > 1 and self.group > 1:
+                    mask = mask.repeat(1, self.group, 1)
             k, v = self.keys.gather(ids, pairs)
             parts.append(self._part(q, k, v, mask, return_lse=True))
         part = parts[0] if len(parts) == 1 else merge(*parts)
@@ -207,6 +216,15 @@ class _Work:
             return None
         rows = first[:, None] + torch.arange(s.block_q, device=ids.device).repeat(self.group)
         return (smallest > rows if s.causal else smallest >= s.n_k).unsqueeze(-1)
+
+    def seen_by_all(self, triples: Tensor, ids: Tensor) -> Tensor:
+        """Which of the gathered keys `(P, n)` every row of their tile sees by positions: bool `(P, n)`."""
+        s, problem = self.lists, self.problem
+        assert problem.q_positions is not None and problem.k_positions is not None
+        rows, keys = (by_query_head(x, s.heads * self.group).unsqueeze(-1) for x in (problem.q_positions, problem.k_positions))
+        padded = (triples % s.tiles * s.block_q).unsqueeze(-1) + torch.arange(s.block_q, device=ids.device) >= s.n_q
+        lowest = self.of_tiles(rows, triples).masked_fill(padded[:, None, :, None], torch.iinfo(rows.dtype).max).amin((2, 3))
+        return (self.of_keys(keys, triples, ids).squeeze(-1) <= lowest.unsqueeze(-1)).all(1) & (ids < s.n_k)
 
     def seen(self, triples: Tensor, ids: Tensor) -> Tensor:
         """Which of the gathered keys `(P, n)` each row sees by bounds and positions: bool `(P, rows, n)`."""
