@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import saccade
 from saccade.attach import Session
-from saccade.core import Info, Plan, format_spec
+from saccade.core import Calibrated, Info, Method, Plan, format_spec
 from saccade.methods import build, load_all
 from tests.contract.models import tiny
 
@@ -42,11 +42,26 @@ def tokens(batch: int, n: int, seed: int = 1) -> Tensor:
     return torch.randint(3, 97, (batch, n), generator=torch.Generator().manual_seed(seed))
 
 
+def untrained_plan(model: PreTrainedModel, method: Method) -> Plan:
+    """A plan of random numbers for a method whose parts are trained: what holds for every plan holds for it."""
+    from saccade.train.attention_gates import attention_gates_plan, new_gates
+    from saccade.train.gates import gate_shape, gates_plan
+
+    if method.info.slug == "attention-gate":
+        gates = [gate._replace(w_o=20 * gate.w_o) for gate in new_gates(model, bias=0.0)]
+        return attention_gates_plan(model, gates, method.spec)
+    generator = torch.Generator().manual_seed(3)
+    return gates_plan(model, torch.rand(gate_shape(model), generator=generator), method.spec)
+
+
 @cache
 def plan(family: str, spec: str, dtype: torch.dtype) -> Plan | None:
     """The calibration a method needs, made on random tokens; None when it needs none."""
-    if "calibration" not in build(spec).info.needs:
+    method = build(spec)
+    if "calibration" not in method.info.needs:
         return None
+    if not isinstance(method, Calibrated):
+        return untrained_plan(tiny(family, dtype), method)
     return saccade.calibrate(tiny(family, dtype), spec, [tokens(2, 96, seed=9)])
 
 

@@ -65,7 +65,7 @@ def calibrate(
         sums = {name: x.to(statistics[name].device) if name in statistics else x for name, x in found.layers.get(layer, {}).items()}
         found.layers[layer] = chosen.combine(sums, statistics)
 
-    device, resumed, seen = next(model.parameters()).device, found.done, 0
+    device, resumed, seen, special = next(model.parameters()).device, found.done, 0, _special_ids(model)
     by_gradient = isinstance(chosen, GradientCalibrated)
     with nullcontext() if by_gradient else reading_session(model, measure):
         for batch in token_batches:
@@ -78,7 +78,7 @@ def calibrate(
             if by_gradient:
                 measure_gradients(model, chosen, batch.to(device), add)
             else:
-                model(input_ids=batch.to(device), use_cache=False)
+                model(input_ids=_checked_length(model, chosen, chosen.sample_ids(batch, special)).to(device), use_cache=False)
             found.add(batch)
             if partial is not None:
                 found.save(partial, owner)
@@ -96,6 +96,20 @@ def calibrate(
         slug=chosen.info.slug, spec=chosen.spec, fingerprint=owner["model"], tensors=tensors,
         notes={"batches": found.done, "tokens": found.tokens, "model": type(model).__name__ if "/" in name else name},
     )  # fmt: skip
+
+
+def _special_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Ids of the model's special tokens, as its configuration names them."""
+    config = model.config.get_text_config(decoder=True)
+    named = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    return frozenset(i for given in named for i in (given if isinstance(given, list | tuple) else [given]) if isinstance(i, int))
+
+
+def _checked_length(model: PreTrainedModel, method: Method, ids: Tensor) -> Tensor:
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise ValueError(f"{method.spec} probes the model with {ids.shape[1]} tokens, it takes {longest}: make the probe shorter")
+    return ids
 
 
 @dataclass

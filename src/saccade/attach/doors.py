@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from saccade.attach.calls import attention_calls
 from saccade.attach.models import attention_modules
 from saccade.attach.session import _SESSIONS, Session
-from saccade.core import CachePolicy, Decode, LayerContext, Method, Phase, Plan, Prefill, Selection, check_attention_inputs
+from saccade.core import CachePolicy, Decode, LayerContext, Method, Phase, Plan, Prefill, PromptReduction, Selection, check_attention_inputs
 from saccade.methods import build, complete
 
 PlanLike = Plan | str | Path
@@ -20,7 +20,7 @@ PlanLike = Plan | str | Path
 
 def attach(
     model: PreTrainedModel,
-    prefill: str | Prefill | None = None,
+    prefill: str | Prefill | PromptReduction | None = None,
     decode: str | Decode | None = None,
     cache: str | CachePolicy | None = None,
     *,
@@ -94,6 +94,8 @@ def attention(
         layer=layer, layers=layers, layout=layout, scale=factor, softcap=softcap, attend=run, partial=partial, phase=phase,
         seen=k.shape[2], plan=plans[0] if plans else None, plans={p.slug: p for p in plans}, seed=seed,
     )  # fmt: skip
+    if isinstance(chosen, PromptReduction):
+        raise ValueError(f"{chosen.info.slug} shortens a model's prompt: use saccade.attach(model, prefill={chosen.spec!r})")
     if isinstance(chosen, Prefill) and phase == "prefill":
         return chosen.attend(ctx, q, k, v)
     if isinstance(chosen, Decode):

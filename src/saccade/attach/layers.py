@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.attach.calls import attention_calls
 from saccade.attach.stats import LayerStats, computed_pairs
-from saccade.cache import CallFacts, KVLayer, Segment, Slots
+from saccade.cache import CallFacts, KVLayer, PackedSegment, Segment, Slots
 from saccade.cache.segment import attend_rectangle
 from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Phase, Plan, Prefill, Rotary, Selection, merge
 from saccade.ops import attend, decode
@@ -30,6 +30,7 @@ class LayerCall:
     softcap: float | None
     real: Tensor | None
     shared: dict[str, Any]
+    hidden: Tensor | None = None  # the layer's inputs (B, m, C), where a method reads them
 
 
 @dataclass(kw_only=True)
@@ -74,18 +75,25 @@ class LayerRunner:
         m = q.shape[2]
         if m == 0:
             return call.q.new_zeros(1, call.q.shape[1], call.q.shape[2], call.v.shape[-1])
+        owner = self.policy is not None and self.policy in (self.prefill, self.decode)  # of the sealed segments
+        if row is not None and owner:
+            layer.segments = _by_row(layer.segments, len(layer.lengths()))
         segments = [s for s in layer.segments if s.row is None or s.row == row]
         k, v = self._entries(call, layer, row)
-        first = layer.seen == call.q.shape[2]
+        first = layer.physical == call.q.shape[2]
         phase: Phase = "prefill" if first or call.q.shape[2] > STEP_QUERIES else "decode"
         ctx = self._context(call, row, layer, seen=layer.seen, phase=phase)
         method = self.decode if phase == "decode" else self.prefill
-        if method is not None and row is not None and segments and not any(s.encoded for s in segments):
+        packed = [s for s in segments if not s.encoded]
+        if method is not None and method == self.policy and method.info.ragged:
+            # heads that hold different numbers of entries are this method's own doing: it reads them as they lie
+            segments = [s.of_row(row or 0) if isinstance(s, PackedSegment) else s for s in segments]
+        elif method is not None and row is not None and packed and (owner or len(packed) == len(segments)):
             # a method picks single entries, so ragged storage is laid out as one rectangle for it (a copy)
             joined = layer.open(row)
             if joined.valid is not None:
                 raise ValueError(f"{method.info.slug} needs heads that hold equally many entries, which this cache policy does not keep")
-            k, v, segments = joined.keys, joined.values, []
+            k, v, segments = joined.keys, joined.values, [s for s in segments if s.encoded]
         few = phase == "decode"
         out = self._few(ctx, layer, q, k, v, segments, row) if few else self._many(ctx, q, k, v, segments, row)
         return _scatter(out, real, call.q.shape[2])
@@ -107,7 +115,8 @@ class LayerRunner:
         self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None = None
     ) -> Tensor:
         """A prompt, a chunk of one, or a later turn."""
-        if segments:
+        own = self.prefill is not None and self.prefill == self.policy and q.shape[2] > 1
+        if segments and not own:
             parts = [_read_segment(s, q, row, ctx) for s in segments]
             parts.append(attend(q, k, v, scale=ctx.scale, softcap=ctx.softcap, return_lse=True))
             self._count(self.stats.prefill, None, q.shape[2], k.shape[2], ctx.seen, sum(s.length for s in segments))
@@ -116,7 +125,7 @@ class LayerRunner:
         self.stats.prefill.add(0, _visible(q.shape[2], ctx.seen))
         if self.prefill is None or q.shape[2] == 1:
             return ctx.attend(q, k, v, None)
-        return self.prefill.attend(ctx, q, k, v)
+        return self.prefill.attend(replace(ctx, segments=segments), q, k, v)
 
     def _few(
         self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None
@@ -190,14 +199,16 @@ class LayerRunner:
             return
         wide = self._wide(call, layer)
         opened = []
-        for row in rows:
+        # to open ragged storage is to copy it: only for policies that look
+        for row in rows if type(self.policy).observe not in (CachePolicy.observe, Decode.observe) else []:
             q, *_ = _row_of_call(call, row, queries_only=True)
             slots = self._open(layer, row, wide)
             if q.shape[2]:
                 ctx = self._context(call, row, layer, seen=layer.seen, phase="cache")
                 self.policy.observe(ctx, slots, q)
             opened.append((row, slots))
-        layer.close(opened)
+        if opened:
+            layer.close(opened)
         if call.q.shape[2] > 1 or layer.seen == 1:
             layer.pending += call.q.shape[2]
             # latents are expanded by the model before attention: scores can only be taken while they are at hand
@@ -287,7 +298,8 @@ class LayerRunner:
 
         return LayerContext(
             layer=self.layer, layers=self.layers, layout=layout, scale=call.scale, softcap=call.softcap, attend=run,
-            partial=partial, phase=phase, count=lambda computed: pairs.add(computed, 0), seen=real_seen,
+            partial=partial, phase=phase, count=lambda computed: pairs.add(computed, 0), seen=real_seen, tokens=real_seen,
+            hidden=_hidden_of(call, row),
             plan=None if method is None else self.plans.get(method.info.slug), plans=self.plans,
             state={} if layer is None else layer.states.get(phase, row), shared=call.shared.setdefault(row, {}),
             sequence={} if layer is None else layer.sequence(row), seed=self.seed, rotary=self.rotary,
@@ -300,6 +312,7 @@ class LayerRunner:
     def _snapshot(self, layer: KVLayer) -> None:
         self.stats.kept = layer.lengths()
         self.stats.kv_bytes, self.stats.index_bytes, self.stats.seen = layer.kv_bytes, layer.side_bytes, layer.seen
+        self.stats.host_bytes = layer.host_bytes
 
 
 def _between_calls(layer: KVLayer | None) -> LayerCall:
@@ -335,6 +348,14 @@ def _row_of_call(call: LayerCall, row: int | None, *, queries_only: bool = False
     return q[:, :, real], k[:, :, real], v[:, :, real], real
 
 
+def _hidden_of(call: LayerCall, row: int | None) -> Tensor | None:
+    """The layer's inputs of one row without its padding, or of all rows."""
+    if call.hidden is None or row is None:
+        return call.hidden
+    mine = call.hidden[row : row + 1]
+    return mine if call.real is None else mine[:, call.real[row]]
+
+
 def _scatter(out: Tensor, real: Tensor | None, m: int) -> Tensor:
     """Put a row's outputs back among its padding, which gives 0."""
     if real is None:
@@ -342,6 +363,20 @@ def _scatter(out: Tensor, real: Tensor | None, m: int) -> Tensor:
     full = out.new_zeros(*out.shape[:2], m, out.shape[-1])
     full[:, :, real] = out
     return full
+
+
+def _by_row(segments: list[Segment], rows: int) -> list[Segment]:
+    """Encoded segments of all rows as one for each row: rows are run one by one from now on."""
+    split: list[Segment] = []
+    for segment in segments:
+        if segment.row is not None or not segment.encoded:
+            split.append(segment)
+            continue
+        for row in range(rows):
+            part = segment.take_rows(torch.tensor([row]))
+            part.row = row
+            split.append(part)
+    return split
 
 
 def _read_segment(segment: Segment, q: Tensor, row: int | None, ctx: LayerContext) -> Partial:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from saccade.core import CachePolicy, Decode, Method, Prefill
+from saccade.core import CachePolicy, Decode, Method, Prefill, PromptReduction
 
 # settings of layer_types that keep every token and are not tied to another mechanism
 _FULL = "full_attention"
@@ -65,7 +65,7 @@ def caches_latents(model: PreTrainedModel) -> bool:
 
 def check_methods(model: PreTrainedModel, methods: dict[str, Method | None]) -> None:
     """ValueError when a method sits in the wrong place or can't work on this model."""
-    kinds: dict[str, type[Method]] = {"prefill": Prefill, "decode": Decode, "cache": CachePolicy}
+    kinds: dict[str, tuple[type[Method], ...]] = {"prefill": (Prefill, PromptReduction), "decode": (Decode,), "cache": (CachePolicy,)}
     for place, method in methods.items():
         if method is not None and not isinstance(method, kinds[place]):
             raise ValueError(f"{method.info.slug} acts on the {method.info.phase} phase: pass it as {method.info.phase}=, not {place}=")

@@ -17,11 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from saccade.attach.layers import LayerCall, LayerRunner
 from saccade.attach.masks import mask_call, remember_mask
 from saccade.attach.models import attention_modules, check_methods, managed_layers, text_config
+from saccade.attach.reduction import Chosen, Reached, Reducer, follow
 from saccade.attach.rotary import rotary_of
 from saccade.attach.saving import save_cache
 from saccade.attach.stats import LayerStats, Stats, summarise
 from saccade.cache import KVLayer
-from saccade.core import CachePolicy, Decode, Plan, Prefill
+from saccade.core import CachePolicy, Decode, Plan, Prefill, PromptReduction
 from saccade.ops.attend import IMPLEMENTATIONS
 
 NAME = "saccade"
@@ -32,7 +33,7 @@ class Session:
     """The handle that `with saccade.attach(...) as handle:` gives."""
 
     def __init__(
-        self, model: PreTrainedModel, prefill: Prefill | None, decode: Decode | None, cache: CachePolicy | None,
+        self, model: PreTrainedModel, prefill: Prefill | PromptReduction | None, decode: Decode | None, cache: CachePolicy | None,
         plans: dict[str, Plan], when: Literal["prompt", "call"], impl: str, seed: int,
     ) -> None:  # fmt: skip
         self.model = model
@@ -52,6 +53,8 @@ class Session:
             raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         given = {"prefill": prefill, "decode": decode, "cache": cache}
         self.methods = {phase: method.spec for phase, method in given.items() if method is not None}
+        self._reducer = Reducer(model, prefill) if isinstance(prefill, PromptReduction) else None
+        prefill = None if isinstance(prefill, PromptReduction) else prefill
         layers = int(text_config(model).num_hidden_layers)
         self._runners = {
             index: LayerRunner(
@@ -64,6 +67,9 @@ class Session:
         self._shared: dict[str, Any] = {}
         self._real: Tensor | None = None
         self._vision: Tensor | None = None
+        self._hidden: dict[int, Tensor] = {}  # inputs of the attention modules that are running
+        self._reads_hidden = any("hidden" in m.info.needs for given in (prefill, decode, cache) if given is not None for m in given.members)
+        self._padded = False  # whether the prompt that was shortened had padding
         self._restore: list[Any] = []
         self._original: Any = None
 
@@ -84,6 +90,12 @@ class Session:
             _SESSIONS[module] = self
         hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._restore = [hook.remove]
+        if self._reads_hidden:
+            self._restore += [
+                module.register_forward_pre_hook(self._note_hidden, with_kwargs=True).remove for module in attention_modules(self.model)
+            ]
+        if self._reducer is not None:
+            self._restore.append(self.model.register_forward_hook(self._after_forward).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,6 +123,11 @@ class Session:
         """Forget the counts so far."""
         for runner in self._runners.values():
             runner.stats = LayerStats()
+
+    @property
+    def chosen(self) -> Chosen | None:
+        """Which tokens of the last prompt were run, where the method is one that shortens prompts (`chosen.places`, a tensor a row)."""
+        return None if self._reducer is None else self._reducer.chosen
 
     def compress(self, cache: Cache | None = None) -> None:
         """Close the prompt: the cache policy acts now, before any further token is known (query-agnostic compression)."""
@@ -168,10 +185,37 @@ class Session:
             )
         new = None if mask is None else mask[:, seen:].bool()
         self._real = None if new is None or bool(new.all()) else new
+        live = self._live_layers()
+        if live and seen:
+            kwargs = follow(kwargs, inputs, live[self.managed[0]], mask)
+        elif self._reducer is not None and m > 1:
+            kwargs = self._shorten(kwargs, live)
         vision = self._take_vision(kwargs, inputs)
-        for layer in self._live_layers().values():
+        for layer in live.values():
             layer.expect(self._real, vision)
         return (), kwargs
+
+    def _note_hidden(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what goes into a layer's attention; of modules inside one another, what goes into the innermost."""
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        index = getattr(module, "layer_idx", None)
+        if isinstance(hidden, Tensor) and isinstance(index, int):
+            self._hidden[index] = hidden
+
+    def _shorten(self, kwargs: dict[str, Any], live: dict[int, KVLayer]) -> dict[str, Any]:
+        """The arguments with the chosen part of the prompt in place of it."""
+        assert self._reducer is not None
+        shorter = self._reducer.shorten(kwargs, self._real, self._runners[self._reducer.layer])
+        if shorter is not kwargs:
+            self._shared = {}
+            self._reducer.prepare(live, self._real)
+            new = shorter["attention_mask"].bool()
+            self._padded, self._real = self._real is not None, None if bool(new.all()) else new
+        return shorter
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert self._reducer is not None
+        return self._reducer.settle(output, self._live_layers(), self._runners, self._padded)
 
     def _take_vision(self, kwargs: dict[str, Any], inputs: Tensor) -> Tensor | None:
         """Which of the new tokens stand for images or video: as marked, else by the model's own placeholder ids."""
@@ -230,9 +274,13 @@ class Session:
         scale, softcap = _numbers(module, q, options)
         cache = self.cache
         layer = None if cache is None else cache.layers[index]
+        if self._reducer is not None and self._reducer.reaches(index):
+            raise Reached(LayerCall(q=q, k=k, v=v, scale=scale, softcap=softcap, real=None, shared={}))
         stored = isinstance(layer, KVLayer) and layer.seen >= q.shape[2] and options.get("use_cache") is not False
         out = self._runners[index].run(
-            LayerCall(q=q, k=k, v=v, scale=scale, softcap=softcap, real=self._real, shared=self._shared),
+            LayerCall(
+                q=q, k=k, v=v, scale=scale, softcap=softcap, real=self._real, shared=self._shared, hidden=self._hidden.pop(index, None)
+            ),
             layer if stored and isinstance(layer, KVLayer) else None,
         )
         return out.transpose(1, 2).contiguous()

@@ -30,13 +30,14 @@ class PairCount:
 
 @dataclass
 class LayerStats:
-    """prefill, decode: pairs. kept: entries held per row and head. kv_bytes, index_bytes: storage, measured after the last call."""
+    """prefill, decode: pairs. kept: entries held per row and head. kv_bytes, index_bytes, host_bytes: storage after the last call."""
 
     prefill: PairCount = field(default_factory=PairCount)
     decode: PairCount = field(default_factory=PairCount)
     kept: list[list[int]] = field(default_factory=list)
     kv_bytes: int = 0
     index_bytes: int = 0
+    host_bytes: int = 0
     seen: int = 0
     compressions: int = 0
 
@@ -47,7 +48,8 @@ class Stats:
 
     prefill_density, decode_density: score pairs computed / pairs that dense attention over all tokens seen would compute (None
     when there was no such call). kept: entries held, the mean over the batch, per layer and key/value head. kv_bytes: storage behind
-    keys and values; index_bytes: positions, scores and indices. tokens_seen: length of the sequence. per_layer: the same by layer.
+    keys and values; index_bytes: positions, scores and indices; host_bytes: keys and values that were moved to the host's memory.
+    tokens_seen: length of the sequence. per_layer: the same by layer.
     """
 
     prefill_density: float | None
@@ -55,6 +57,7 @@ class Stats:
     kept: list[list[int]]
     kv_bytes: int
     index_bytes: int
+    host_bytes: int
     tokens_seen: int
     per_layer: list[dict[str, Any]]
 
@@ -71,6 +74,7 @@ def summarise(layers: dict[int, LayerStats]) -> Stats:
         per_layer.append({
             "layer": index, "prefill_density": layer.prefill.density, "decode_density": layer.decode.density, "kept": mean,
             "kept_by_row": layer.kept, "kv_bytes": layer.kv_bytes, "index_bytes": layer.index_bytes,
+            "host_bytes": layer.host_bytes,
             "tokens_seen": layer.seen, "compressions": layer.compressions,
         })  # fmt: skip
     return Stats(
@@ -79,6 +83,7 @@ def summarise(layers: dict[int, LayerStats]) -> Stats:
         kept=kept,
         kv_bytes=sum(layer.kv_bytes for layer in layers.values()),
         index_bytes=sum(layer.index_bytes for layer in layers.values()),
+        host_bytes=sum(layer.host_bytes for layer in layers.values()),
         tokens_seen=max((layer.seen for layer in layers.values()), default=0),
         per_layer=per_layer,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from saccade.cache.counted import CountedSegment
 from saccade.cache.rows import joined, padded_tail, row_of, row_of_rectangle
 from saccade.cache.segment import PackedSegment, Rectangle, Segment
 from saccade.cache.slots import Slots
@@ -62,6 +63,7 @@ class KVLayer(CacheLayerMixin):
         self._padding: list[list[int]] = []  # places of padding per batch row, empty when there was none
         self._incoming: Tensor | None = None
         self._vision: Tensor | None = None
+        self._places: tuple[Tensor, int, list[list[int]] | None, int] | None = None
         self.is_initialized = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
@@ -121,6 +123,13 @@ class KVLayer(CacheLayerMixin):
         """Which of the next tokens are not padding (None: all), and which stand for images or video (None: none): `(B, m)` bool."""
         self._incoming, self._vision = real, vision
 
+    def place(self, places: Tensor, n: int, missing: list[list[int]] | None, run: int) -> None:
+        """Where the next tokens stand in an input of n, `(B, m)` int32 ascending: the others of the n are counted as seen, not stored.
+
+        missing: places of padding per row, None without padding. run: so many tokens at the end stand one after the other.
+        """
+        self._places = (places, n, missing, run)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values `(B, H, m, ...)`.
 
@@ -133,12 +142,18 @@ class KVLayer(CacheLayerMixin):
         assert self.tail is not None
         m = key_states.shape[2]
         (real, vision), (self._incoming, self._vision) = (self._incoming, self._vision), (None, None)
-        if real is not None:
+        placed, self._places = self._places, None
+        missing = None if real is None else [(self.seen + (~row).nonzero().flatten()).tolist() for row in real]
+        missing = missing if placed is None else placed[2]
+        if missing is not None:
             self.states.split(key_states.shape[0])
-            missing = [(self.seen + (~row).nonzero().flatten()).tolist() for row in real]
             self._padding = [a + b for a, b in zip(self._padding or [[]] * len(missing), missing, strict=True)]
         positions = torch.arange(self.seen, self.seen + m, device=key_states.device, dtype=torch.int32)
+        if placed is not None:
+            positions = placed[0].unsqueeze(1) + self.seen
         self.tail.append(key_states, value_states, positions, real)
+        if placed is not None:
+            self.seen, self.tail.fresh = self.seen + placed[1] - m, placed[3]
         if vision is not None:
             self.tail.mark(VISION, vision)
         self.seen += m
@@ -266,6 +281,11 @@ class KVLayer(CacheLayerMixin):
         return sum(segment.kv_bytes for segment in self.segments) + (0 if self.tail is None else self.tail.kv_bytes)
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes behind keys and values that were moved to the host's memory, not part of `kv_bytes`."""
+        return sum(segment.host_bytes for segment in self.segments)
+
+    @property
     def side_bytes(self) -> int:
         """Bytes of storage behind positions, scores and the methods' own state."""
         own = 0 if self.tail is None else self.tail.side_bytes
@@ -278,9 +298,14 @@ class KVLayer(CacheLayerMixin):
         assert self.tail is not None
         packed = next((s for s in self.segments if isinstance(s, PackedSegment)), None)
         if row is None and packed is None:
-            return Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side))
+            return Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side), counted=self._counted(row))
         tail = row_of(self.tail, row or 0)
-        return Slots(tail if packed is None else joined(packed.read_row(row or 0), tail))
+        return Slots(tail if packed is None else joined(packed.read_row(row or 0), tail), counted=self._counted(row))
+
+    def _counted(self, row: int | None) -> CountedSegment | None:
+        """What stands for dropped tokens, of all rows or of one."""
+        found = next((s for s in self.segments if isinstance(s, CountedSegment) and s.row in (None, row)), None)
+        return found if found is None or found.row == row else found.take_rows(torch.tensor([row]))
 
     def close(self, opened: list[tuple[int | None, Slots]]) -> None:
         """Store what policies made of the entries that `open` gave; untouched entries stay as they are."""
@@ -289,6 +314,9 @@ class KVLayer(CacheLayerMixin):
             for segment in slots.sealed:
                 segment.row = row
                 self.segments.append(segment)
+        if any(slots.recounted for _, slots in opened):
+            self.segments = [s for s in self.segments if not isinstance(s, CountedSegment)]
+            self.segments += [slots.counted.bound_to(row) for row, slots in opened if slots.counted is not None]
         if not any(slots.moved for _, slots in opened):
             if opened[0][0] is None:
                 self.tail.set_side(opened[0][1].side_changes)

@@ -50,6 +50,11 @@ class Segment(ABC):
     def side_bytes(self) -> int:
         """Bytes held for positions and other side arrays."""
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes held for keys and values in the host's memory, beside `kv_bytes`; 0 unless it is offloaded."""
+        return 0
+
     @abstractmethod
     def read(self, begin: int, end: int) -> Rectangle:
         """Slots begin ... end - 1 in plain form (a copy)."""
@@ -170,14 +175,14 @@ class PackedSegment(Segment):
         return PackedSegment.pack(rows)
 
     def attend_row(self, q: Tensor, row: int | None, *, scale: float, softcap: float | None) -> Partial:
-        if row is None:
-            return self.attend(q, scale=scale, softcap=softcap)
+        return (self if row is None else self.of_row(row)).attend(q, scale=scale, softcap=softcap)
+
+    def of_row(self, row: int) -> PackedSegment:
+        """Keys and values of one batch row: a view, to be read and not kept."""
         first = row * self.heads
         begin, end = self.offsets[first], self.offsets[first + self.heads]
         offsets = [offset - begin for offset in self.offsets[first : first + self.heads + 1]]
-        return PackedSegment(self.keys[begin:end], self.values[begin:end], {}, offsets, self.heads).attend(
-            q, scale=scale, softcap=softcap
-        )
+        return PackedSegment(self.keys[begin:end], self.values[begin:end], {}, offsets, self.heads)
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.cache.counted import CountedSegment
 from saccade.cache.segment import Rectangle, Segment
 from saccade.parts.rows import pick_rows
 
@@ -13,13 +14,15 @@ class Slots:
     """Entries `(B, H, n, ...)`, oldest first, without padding. Implements `saccade.core.StoredKV`.
 
     keys, values: as attention sees them. They differ from what is stored only where a model caches a latent (`stored`), then
-    heads is 1 while keys have all heads. valid: bool `(B, heads, n)` where heads hold different numbers, else None.
+    heads is 1 while keys have all heads. valid: bool `(B, heads, n)` where heads hold different numbers, else None. counted: what stands
+    for dropped tokens; a policy may replace it.
     """
 
     def __init__(
-        self, stored: Rectangle, keys: Tensor | None = None, values: Tensor | None = None
+        self, stored: Rectangle, keys: Tensor | None = None, values: Tensor | None = None, counted: CountedSegment | None = None
     ) -> None:
         self._stored = stored
+        self.counted = self._counted_before = counted
         self.keys = stored.keys if keys is None else keys
         self.values = stored.values if values is None else values
         self.side = dict(stored.side)
@@ -37,6 +40,11 @@ class Slots:
     @property
     def valid(self) -> Tensor | None:
         return self._stored.valid
+
+    @property
+    def recounted(self) -> bool:
+        """Whether `counted` was replaced."""
+        return self.counted is not self._counted_before
 
     @property
     def rectangle(self) -> Rectangle:

@@ -43,7 +43,7 @@ class Tail:
         return None if self._real is None else self._real.view[:, 0]
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor | None) -> None:
-        """Add k, v `(B, H, m, ...)` at `positions (m,)`; real `(B, m)` bool or None. Other side arrays get zeros."""
+        """Add k, v `(B, H, m, ...)` at `positions (m,)` or `(B, 1, m)`; real `(B, m)` bool or None. Other side arrays get zeros."""
         batch, heads, m, _ = k.shape
         if real is not None and self._real is None:
             self._real = Growing(torch.ones(batch, 1, self.n, dtype=torch.bool, device=k.device))

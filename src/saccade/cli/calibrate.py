@@ -11,25 +11,27 @@ import typer
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
+    from saccade.core import Method
     from saccade.evaluate.prompts import Codec
 
 
 def command(
-    method: Annotated[str, typer.Argument(help="A method with an offline part, such as minference or 'loki(dims=0.5)'.")],
+    method: Annotated[str, typer.Argument(help="A method with an offline or a trained part: minference, 'loki(dims=0.5)', duoattention.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan to write, a .safetensors file.")],
     model: Annotated[
         str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")
     ] = "pocket",
     data: Annotated[Path | None, typer.Option(help="A UTF-8 text file to calibrate on; the text that comes with saccade.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of each sample.")] = 2048,
-    batches: Annotated[int, typer.Option(help="Samples.")] = 2,
+    batches: Annotated[int | None, typer.Option(help="Samples, one a training step where parts are trained; 2, or 100 steps.")] = None,
     seed: Annotated[int, typer.Option(help="Decides where in the text the samples are cut.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Look a hub name up in the local cache only.")] = False,
 ) -> None:
-    """Run a method's offline part on samples of text and write what it finds to a plan for --plan and attach(plan=).
+    """Run a method's offline part, or train its parts, on samples of text and write what it finds to a plan for --plan and attach(plan=).
 
     Stopped half-way, it leaves its statistics in OUT.partial.safetensors; the same command then goes on after the last whole sample.
     """
@@ -42,8 +44,10 @@ def command(
 
     # everything that can be wrong with the arguments is said before the model is loaded
     chosen = build(method)
-    if not isinstance(chosen, Calibrated):
+    trained = "training" in chosen.info.needs and "calibration" in chosen.info.needs and not isinstance(chosen, Calibrated)
+    if not trained and not isinstance(chosen, Calibrated):
         raise ValueError(f"{chosen.info.slug} has no offline part: use it without a plan")
+    batches = (100 if trained else 2) if batches is None else batches
     check_writable(out)
     partial = check_writable(out.with_name(f"{out.name}.partial.safetensors"))
     for name, value, least in (("--length", length, 2), ("--batches", batches, 1)):
@@ -61,6 +65,9 @@ def command(
     longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"--length {length} is more than the {longest} positions of {model}: give at most {longest}")
+    if trained:
+        _train(chosen, loaded, Codec(tokenizer), out, length=length, steps=batches, seed=seed, data=data)
+        return
     samples = cut_samples(Codec(tokenizer), text, length=length, count=batches, seed=seed)
     source = {"seed": seed, "length": length, "text": "shipped" if data is None else data.name}
     try:
@@ -73,6 +80,25 @@ def command(
         raise
     replace(plan, notes={**plan.notes, **source}).save(out)
     partial.unlink(missing_ok=True)
+    console().print(f"plan: {out}", soft_wrap=True)
+
+
+def _train(
+    chosen: Method, model: PreTrainedModel, codec: Codec, out: Path, *, length: int, steps: int, seed: int, data: Path | None
+) -> None:
+    """Train the parts of a method and write its plan."""
+    from dataclasses import replace
+
+    from saccade.cli.console import console
+    from saccade.evaluate.text import grammar
+    from saccade.train.recipes import train_plan
+
+    with _bar(f"training {chosen.info.slug}", steps, resumed=False) as show:
+        plan = train_plan(
+            model, chosen, grammar(data), codec.encode, prefix=codec.prefix, length=length, steps=steps, seed=seed, progress=show
+        )
+    source = {"seed": seed, "length": length, "text": "shipped" if data is None else data.name}
+    replace(plan, notes={**plan.notes, **source}).save(out)
     console().print(f"plan: {out}", soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import typer
 from saccade.catalog import FAMILIES, STATUSES, Row, catalog
 
 PHASES = ("prefill", "decode", "cache")
-NEEDS = ("nothing", "queries", "weights", "calibration", "training")
+NEEDS = ("nothing", "queries", "weights", "hidden", "calibration", "training")
 
 
 def command(

@@ -12,6 +12,7 @@ from saccade.core.method import (
     Info,
     Method,
     Prefill,
+    PromptReduction,
     StoredKV,
     register,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Prefill",
+    "PromptReduction",
     "Rotary",
     "Selection",
     "StoredKV",

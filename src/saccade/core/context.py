@@ -46,7 +46,8 @@ class LayerContext:
     layer, layers: index of this layer and their number. layout: head counts and dims as attention sees them.
     phase: where the method is called: "prefill" (many queries), "decode" (one) or "cache".
     scale: factor on q.k before softmax. softcap: `cap * tanh(logit / cap)` where the model uses one.
-    seen: tokens of the sequence so far, those of this call included.
+    seen: tokens of the sequence so far, those of this call included (in decoding: up to the query at hand). tokens: all of them.
+    hidden: the layer's inputs `(B, m, C)` for the m tokens of this call, for methods whose `Info.needs` has "hidden"; else None.
     segments: in decoding, the sealed parts of the cache that stand before k and v, for the method that made them.
     rotary: the model's rotary embedding, None where it has none or one that can't be turned further.
     plan: what calibration found, or None. plans: of all methods at hand, by slug, for a method that runs another one inside.
@@ -70,6 +71,8 @@ class LayerContext:
     count: Callable[[float], None] = _not_counted
     softcap: float | None = None
     seen: int = 0
+    tokens: int = 0
+    hidden: Tensor | None = None
     segments: Sequence[Any] = ()
     rotary: Rotary | None = None
     plan: Plan | None = None

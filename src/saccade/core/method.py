@@ -23,7 +23,7 @@ class Info:
     """Facts about a method, from which listings, errors and the contract matrix are made.
 
     phase: where it acts. also: other phases in which it must act too, which its name alone fills.
-    needs: of "queries", "weights" (attention probabilities), "calibration", "training".
+    needs: of "queries", "weights" (attention probabilities), "hidden" (the layers' inputs), "calibration", "training".
     encodes: whether it stores entries in another form than full precision. ragged: whether it leaves heads with different numbers
     of entries. frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
     causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
@@ -87,6 +87,23 @@ class Prefill(Method):
         return ctx.attend(q, k, v, self.select(ctx, q, k, v))
 
 
+class PromptReduction(Method):
+    """Makes the prompt itself shorter: an early layer chooses tokens, and the model runs on these alone. Takes the place of a prefill
+    method; the cache then holds the chosen tokens only."""
+
+    @abstractmethod
+    def layer(self, layers: int) -> int:
+        """The layer that chooses, of so many."""
+
+    @abstractmethod
+    def size(self, n: int) -> int:
+        """Tokens that stay of a prompt of n; n or more: all."""
+
+    @abstractmethod
+    def choose(self, ctx: LayerContext, q: Tensor, k: Tensor) -> Tensor:
+        """The tokens of a prompt that stay, int64 `(B, m)` ascending, the last one among them: q `(B, Hq, n, D)`, k `(B, Hk, n, D)`."""
+
+
 class Decode(Method):
     """Chooses, for one query at a time, which part of a long cache it reads. Nothing is dropped."""
 
@@ -123,12 +140,14 @@ class StoredKV(Protocol):
     """The entries of one cache layer as a cache policy sees them: same slots in every tensor, oldest first.
 
     keys `(B, Hk, n, D)`, values `(B, Hk, n, Dv)` as attention sees them; heads: how many heads are stored (Hk, or 1 where a
-    model stores one latent for all); side: per-slot arrays `(B, heads, n)` that follow the entries ("positions" is always there).
+    model stores one latent for all); side: per-slot arrays `(B, heads, n)` that follow the entries ("positions" is always there);
+    counted: the segment that stands for dropped tokens, None without one, to be replaced (`saccade.cache.counted`).
     """
 
     keys: Tensor
     values: Tensor
     side: dict[str, Tensor]
+    counted: Any
 
     @property
     def heads(self) -> int: ...
@@ -167,6 +186,13 @@ class CachePolicy(Method):
 
 class Calibrated(Method):
     """A method with an offline part: statistics gathered over samples, and what is concluded from them."""
+
+    def sample_ids(self, batch: Tensor, special: frozenset[int]) -> Tensor:
+        """The token ids `(B', N')` that are run in place of a batch of text `(B, N)`: the text itself by default.
+
+        special: ids of the model's special tokens.
+        """
+        return batch
 
     @abstractmethod
     def measure(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
