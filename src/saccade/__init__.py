@@ -15,13 +15,16 @@ _DOORS = {
     "calibrate": "saccade.attach",
     "load_cache": "saccade.attach",
     "memory": "saccade.attach",
+    "speculate": "saccade.attach",
     "last_run": "saccade.ops",
     "pocket": "saccade.models.pocket",
     "Plan": "saccade.core",
     "Selection": "saccade.core",
 }
 
-__all__ = ["Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "load_cache", "memory", "pocket"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "load_cache", "memory", "pocket", "speculate",
+]  # fmt: skip
 
 
 class _Package(ModuleType):

@@ -30,6 +30,12 @@ METHODS = [
     {"cache": "zipcache(interval=8)"},
     {"cache": "snapkv(budget=24, window=4)|zipcache(interval=8)"},
     {"cache": "streaming-llm(sinks=2, window=20)"},
+    {"cache": "think(key_bits=4, recent=8)"},
+    {"cache": "akvq-vl(recent=8, pivots=2)"},
+    {"cache": "zipvl(tau=0.8, recent=4, drawn=8, interval=8)"},
+    {"cache": "kvmerger"},
+    {"decode": "magicpig(bits=3, tables=6, sinks=1, window=8, dense_every=0)"},
+    {"decode": "tokenselect(sinks=2, local=8, budget=12, chunk=16)"},
     {"decode": "quest(page_size=4, budget=0.3, dense_layers=0)"},
 ]
 

@@ -44,12 +44,16 @@ def tokens(batch: int, n: int, seed: int = 1) -> Tensor:
 
 def untrained_plan(model: PreTrainedModel, method: Method) -> Plan:
     """A plan of random numbers for a method whose parts are trained: what holds for every plan holds for it."""
+    from saccade.methods.cache.dynamic_llava import DynamicLlava
     from saccade.train.attention_gates import attention_gates_plan, new_gates
     from saccade.train.gates import gate_shape, gates_plan
+    from saccade.train.token_predictors import new_predictors, predictors_plan
 
     if method.info.slug == "attention-gate":
         gates = [gate._replace(w_o=20 * gate.w_o) for gate in new_gates(model, bias=0.0)]
         return attention_gates_plan(model, gates, method.spec)
+    if isinstance(method, DynamicLlava):
+        return predictors_plan(model, method, new_predictors(model, method, dim=16))
     generator = torch.Generator().manual_seed(3)
     return gates_plan(model, torch.rand(gate_shape(model), generator=generator), method.spec)
 

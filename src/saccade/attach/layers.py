@@ -144,7 +144,7 @@ class LayerRunner:
         outs = []
         for i in range(m):
             end = n - m + i + 1
-            step = replace(ctx, seen=ctx.seen - m + i + 1, shared=ctx.shared.setdefault(i, {}), segments=segments)
+            step = replace(ctx, seen=ctx.seen - m + i + 1, shared=ctx.shared.setdefault(f"query {i}", {}), segments=segments)
             outs.append(self._step(step, layer, q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], row))
         return torch.cat(outs, dim=2)
 
@@ -301,7 +301,7 @@ class LayerRunner:
             partial=partial, phase=phase, count=lambda computed: pairs.add(computed, 0), seen=real_seen, tokens=real_seen,
             hidden=_hidden_of(call, row),
             plan=None if method is None else self.plans.get(method.info.slug), plans=self.plans,
-            state={} if layer is None else layer.states.get(phase, row), shared=call.shared.setdefault(row, {}),
+            state={} if layer is None else layer.states.get(phase, row), shared=call.shared.setdefault(f"row {row}", {}),
             sequence={} if layer is None else layer.sequence(row), seed=self.seed, rotary=self.rotary,
         )  # fmt: skip
 

@@ -78,7 +78,7 @@ class KVLayer(CacheLayerMixin):
                 setattr(new, name, list(value) if name == "segments" else copy.deepcopy(value, memo))
         return new
 
-    def packed(self) -> dict[str, Any]:
+    def stored_fields(self) -> dict[str, Any]:
         """The contents, to be saved."""
         return {**vars(self), **dict.fromkeys(_BOUND)}
 

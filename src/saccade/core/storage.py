@@ -24,7 +24,7 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """A JSON tree for `value`; its tensors join `tensors` under new names, those that are the same view of one storage once.
 
     Plain values, lists, tuples, dicts, sets of plain values, torch dtypes and devices, and objects of saccade's own classes: their
-    attributes, or what their `packed()` returns instead. Raises ValueError for anything else.
+    attributes, or what their `stored_fields()` returns instead. Raises ValueError for anything else.
     """
     if isinstance(value, _PLAIN):
         return value
@@ -130,7 +130,7 @@ def _name(x: Tensor, tensors: dict[str, Tensor]) -> str:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    return value.packed() if hasattr(value, "packed") else vars(value)
+    return value.stored_fields() if hasattr(value, "stored_fields") else vars(value)
 
 
 def _object(tree: dict[str, Any], tensors: dict[str, Tensor]) -> Any:

@@ -47,7 +47,7 @@ class Growing:
         """Keep the first n entries."""
         self.n = min(self.n, n)
 
-    def packed(self) -> dict[str, object]:
+    def stored_fields(self) -> dict[str, object]:
         """The content without the spare room, to be saved."""
         return {"n": self.n, "_buffer": self.view}
 

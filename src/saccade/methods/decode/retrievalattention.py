@@ -93,7 +93,7 @@ class RetrievalSegment(OffloadedSegment):
         plain.row = self.row
         return plain
 
-    def packed(self) -> dict[str, Any]:
+    def stored_fields(self) -> dict[str, Any]:
         """Without the library's index, which is made again from the keys."""
         return {**vars(self), "_hnsw": None}
 
