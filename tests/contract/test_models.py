@@ -9,6 +9,9 @@ import saccade
 from tests.contract.harness import METHODS, SAME, attached, error, greedy, info, logits, opened, sparse, tokens
 from tests.contract.models import FAMILIES, tiny
 
+# families that differ in what reaches attention: heads, latents, softcap, windows, no rotary embedding; others run with the slow tests
+DIFFERENT = {"llama-mqa", "gemma2", "gpt2", "deepseek-v3", "qwen3"}
+
 # (family, method) to the reason; "*" stands for every method
 REFUSED = {
     ("mistral-sliding", "*"): "every layer of MistralForCausalLM is of kind sliding_attention",
@@ -46,7 +49,7 @@ def precision(family: str) -> torch.dtype:
 
 
 @pytest.mark.parametrize("slug", sorted(METHODS))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f in DIFFERENT else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_attached_or_refused(family: str, slug: str) -> None:
     dtype = precision(family)
     model = tiny(family, dtype)

@@ -142,7 +142,7 @@ def _object(tree: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         raise ValueError(f"{tree['class']!r} is none of saccade's classes")
     if "items" in tree:
         return kind(*(unpack(item, tensors) for item in tree["items"]))
-    made = kind.__new__(kind)
+    made: Any = object.__new__(kind) if not issubclass(kind, dict) else kind()
     # frozen dataclasses too
     made.__dict__.update({name: unpack(item, tensors) for name, item in tree["fields"].items()})
     if "entries" in tree:

@@ -102,7 +102,9 @@ class _Work:
         """Nothing is added to the logits and no gradient is wanted: what every row of a tile sees needs no mask."""
         p = self.problem
         added = p.bias is not None or p.low_rank is not None or self.lists.log_weight is not None or p.softcap is not None
-        return self.q.device.type == "cpu" and not (added or p.ragged or p.wants_grad)
+        # parts are merged: in half precision that would round twice
+        exact = self.q.dtype in (torch.float32, torch.float64)
+        return exact and self.q.device.type == "cpu" and not (added or p.ragged or p.wants_grad)
 
     def run_plain(self, triples: Tensor) -> None:
         """Attention of these query tiles in two parts: tiles that all their rows see, and keys at the edge, under a small mask."""

@@ -16,8 +16,8 @@ def attend_tile(
     """q `(P, H, m, D)` over k `(P, H, n, D)`, v `(P, H, n, Dv)`; mask (0 or -inf) and bias broadcast to `(P, H, m, n)`.
 
     Without softcap, bias and log-sum-exp it is torch's fused kernel, which leaves rows with nothing visible undefined. Else such rows
-    give 0 and lse -inf: in the kernel that also gives the log-sum-exp where it runs (CPU, no gradients), or in plain torch in float32
-    (float64 for float64).
+    give 0 and lse -inf: in the kernel that also gives the log-sum-exp where it runs (CPU, no gradients, no half precision), or in plain
+    torch in float32 (float64 for float64).
     """
     if softcap is None and bias is None and not return_lse:
         return Partial(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None)
@@ -47,10 +47,11 @@ def cpu_flash(
 
 
 def _fuses(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    plain = q.device.type == "cpu" and q.ndim == 4 and k.shape[2] > 0 and q.shape[-1] == v.shape[-1] and not needs_grad
-    # a bias would be rounded to the dtype of q
-    return plain and (bias is None or (not bias.requires_grad and q.dtype in (torch.float32, torch.float64)))
+    given = (q, k, v) if bias is None else (q, k, v, bias)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    # in half precision the kernel rounds its weights and its output, which is to be merged: plain torch rounds once
+    exact = q.dtype in (torch.float32, torch.float64)
+    return exact and q.device.type == "cpu" and q.ndim == 4 and k.shape[2] > 0 and q.shape[-1] == v.shape[-1] and not needs_grad
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Partial:
