@@ -89,3 +89,51 @@ def test_a_graph_replays_it() -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def gradients(x: tuple[torch.Tensor, ...], selection: Selection | None, causal: bool, impl: str, weights: tuple[torch.Tensor, ...]) -> list:
+    leaves = [y.detach().requires_grad_() for y in x]
+    part = attend(*leaves, selection, causal=causal, impl=impl, return_lse=True)
+    assert part.lse is not None
+    d_out, d_lse = weights
+    lse = torch.where(part.lse > -torch.inf, part.lse, 0.0)
+    return list(torch.autograd.grad((part.out.to(d_out.dtype) * d_out).sum() + (lse * d_lse).sum(), leaves))
+
+
+def check_gradients(x: tuple[torch.Tensor, ...], selection: Selection | None, causal: bool) -> None:
+    from saccade.ops.attend.triton.hopper_backward import takes
+    from saccade.ops.attend.triton.launch import lists_of
+
+    assert takes(*x, None if selection is None else lists_of(selection))
+    g = torch.Generator(device="cuda").manual_seed(9)
+    d_out = torch.randn(x[0].shape, device="cuda", generator=g).to(x[0].dtype)
+    weights = d_out.double(), torch.randn(x[0].shape[:3], device="cuda", generator=g, dtype=torch.float64)
+    exact = gradients(tuple(y.double() for y in x), selection, causal, "reference", weights)
+    halves = d_out, weights[1].float()
+    plain = gradients(x, selection, causal, "reference", halves)
+    ours = gradients(x, selection, causal, "triton", halves)
+    again = gradients(x, selection, causal, "triton", halves)
+    eps = torch.finfo(x[0].dtype).eps
+    for a, b, c, same in zip(ours, plain, exact, again, strict=True):
+        assert torch.equal(a, same)
+        error, theirs = ((y.double() - c).norm() / c.norm() for y in (a, b))
+        assert float(error) <= 2 * float(theirs) + eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("n_q", "n_k"), [(512, 512), (128, 128), (128, 640), (384, 256)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_dense(n_q: int, n_k: int, dim: int, dtype: torch.dtype, causal: bool) -> None:
+    check_gradients(tensors(n_q, n_k, dim, dtype), None, causal)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("block_k", [128, 256])
+@pytest.mark.parametrize(("n_q", "n_k"), [(768, 768), (256, 1024)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_tiles(n_q: int, n_k: int, block_k: int, heads: int, causal: bool) -> None:
+    g = torch.Generator(device="cuda").manual_seed(3)
+    mask = torch.rand(2, heads, -(-n_q // 128), -(-n_k // block_k), device="cuda", generator=g) < 0.4
+    s = Selection.from_block_mask(mask, block_q=128, block_k=block_k, n_q=n_q, n_k=n_k, causal=causal)
+    check_gradients(tensors(n_q, n_k, 128, torch.bfloat16), s, causal)

@@ -130,7 +130,7 @@ def test_cpu_equals_the_oracle(qk: str, pv: str, smooth: bool, softcap: float | 
         assert saccade.last_run().impl == "cpu" and saccade.last_run().op == "attend_low_bit"
         assert want.lse is not None and got.lse is not None and torch.equal(want.lse > -torch.inf, got.lse > -torch.inf)
         seen = want.lse > -torch.inf
-        assert torch.allclose(got.lse[seen], want.lse[seen], atol=1e-5) and distance(got.out, want.out) < (1e-3 if pv == "fp8" else 1e-5)
+        assert torch.allclose(got.lse[seen], want.lse[seen], atol=1e-5) and distance(got.out, want.out) < (5e-3 if pv == "fp8" else 1e-5)
     if softcap is not None and smooth:
         assert distance(want.out, exact(q, k, v, causal(75, 100))[0]) > 0.05  # the cap does something
 

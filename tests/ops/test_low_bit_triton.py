@@ -59,10 +59,13 @@ def check(inputs: tuple[Tensor, Tensor, Tensor], selection: Selection | None = N
     seen = want.lse > -torch.inf
     assert torch.equal(seen, got.lse > -torch.inf) and got.out.dtype == inputs[0].dtype
     size, error = float(inputs[2].abs().max()), (got.out.double() - want.out.double()).abs()
-    assert bool((got.lse - want.lse)[seen].abs().le(2e-5 * (1 + want.lse[seen].abs())).all())
+    # a float8 product's factors on the border between two codes may go to either on a GPU, which scales them in another order
+    rough = DEVICE.startswith("cuda") and options.get("qk") == "fp8"
+    gap = ((got.lse - want.lse)[seen].abs() / (1 + want.lse[seen].abs())).double()
+    assert bool(gap.le(2**-6 if rough else 2e-5).all()) and float(gap.sum()) <= 1e-4 * gap.numel()
     kinds = {inputs[2].dtype, torch.float16} if options.get("pv") == "fp16" else {inputs[2].dtype}
     allowed = 2 * size * sum(torch.finfo(kind).eps if kind != torch.float32 else 1e-6 for kind in kinds)
-    if options.get("pv") != "fp8":
+    if options.get("pv") != "fp8" and not rough:
         assert float(error.max()) <= allowed + 1e-6
         return
     # a weight on the border between two float8 numbers may go to either: 2^-3 of it, and a few do

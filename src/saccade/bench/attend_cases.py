@@ -116,7 +116,7 @@ def _low_bit(shape: Shape, pv: str, density: float | None, s: Settings) -> Field
     exact = AttentionCheck.of(x.q, x.k, x.v, selection=selection)
     mean = x.k.mean(2, keepdim=True, dtype=torch.float32)
     numbers = (
-        rounded(x.q.float(), QUERY_ROWS, "int8"), rounded(x.k.float() - mean, 64, "int8") + mean, rounded_values(x.v.float(), pv)
+        rounded(x.q.float(), QUERY_ROWS, "int8"), rounded(x.k.float() - mean, 128, "int8") + mean, rounded_values(x.v.float(), pv)
     )  # fmt: skip
     known = AttentionCheck.of(*numbers, selection=selection)
     check = SliceCheck(
@@ -178,6 +178,18 @@ def cases(grid: str, cuda: bool) -> list[Case]:
             dense_case(Shape(8192, dim=64)),
             low_bit_case(Shape(32768)),
             low_bit_case(Shape(32768), density=0.1),
+        ]
+    if grid == "bars":
+        return [
+            dense_case(Shape(32768)),
+            *(dense_case(Shape(n), grad=True) for n in (8192, 32768)),
+            sparse_case(Shape(32768), "tiles", 0.1, with_flex=True),
+            *(sparse_case(Shape(n), "tiles", 0.1, grad=True, with_flex=True) for n in (16384, 32768)),
+            low_bit_case(Shape(32768)),
+            sparse_case(Shape(131072), "tiles", 0.05, with_flex=True),
+            *(sparse_case(Shape(131072), pattern, 0.1) for pattern in ("pages of 16", "single tokens")),
+            *(dense_case(Shape(n)) for n in (8192, 131072)),
+            sparse_case(Shape(32768), "pooled top-k", 0.1),
         ]
     lengths = [1024 * 2**i for i in range(8)]
     return [

@@ -181,6 +181,11 @@ def cases(grid: str, cuda: bool) -> list[Case]:
             dense_case(Shape(32768)), paged_case(Shape(131072)), paged_case(Shape(131072), scored=True), quantised_case(Shape(32768)),
             dense_case(Shape(131072)), dense_case(Shape(32768, batch=1)), paged_case(Shape(32768)), quantised_case(Shape(131072)),
         ]  # fmt: skip
+    if grid == "bars":
+        return [
+            dense_case(Shape(32768)), dense_case(Shape(131072, batch=16)), quantised_case(Shape(131072, batch=16)),
+            paged_case(Shape(131072)), paged_case(Shape(131072), scored=True),
+        ]  # fmt: skip
     shapes = [Shape(n, batch=b) for b in (8, 16, 1) for n in (32768, 131072)]
     return [
         *(dense_case(x) for x in shapes), *(paged_case(x) for x in shapes), *(paged_case(x, scored=True) for x in shapes),

@@ -215,6 +215,8 @@ def cases(grid: str, cuda: bool) -> list[Case]:
         return [*(case(form, x) for x in shapes for form in FORMS), case("gated delta", shapes[0], True)]
     if grid == "quick":
         return [*(case(form, Shape(8192)) for form in FORMS), *(case(form, Shape(131072)) for form in FORMS)]
+    if grid == "bars":
+        return [case(form, Shape(n), grad) for grad in (False, True) for n in (131072, 8192) for form in FORMS]
     return [
         *(case(form, Shape(n)) for n in (8192, 131072) for form in FORMS),
         *(case(form, Shape(8192), True) for form in FORMS),

@@ -24,6 +24,7 @@ class Kind(StrEnum):
 
 class Grid(StrEnum):
     quick = "quick"
+    bars = "bars"
     full = "full"
 
 
@@ -43,7 +44,9 @@ def command(
     kind: Annotated[
         Kind, typer.Argument(help="attend: a prompt; decode: one query over a cache; estimate, scan, quant; prefill: whole methods.")
     ],
-    grid: Annotated[Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, full in a few.")] = None,
+    grid: Annotated[
+        Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, bars (the project's own marks) in two, full in a few.")
+    ] = None,
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Only this family of the grid (repeatable); alone: the function or form to time.")
     ] = None,

@@ -77,7 +77,7 @@ def check_state(problem: Problem, state: Partial) -> None:
 
 def _check_sequences(problem: Problem) -> None:
     ends = (problem.cu_seqlens_q, problem.cu_seqlens_k)
-    if ends == (None, None):
+    if ends[0] is None and ends[1] is None:
         return
     if ends[0] is None or ends[1] is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together: give both")

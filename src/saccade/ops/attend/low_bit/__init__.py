@@ -41,7 +41,7 @@ def attend_low_bit(
     scale: float | None = None,
     softcap: float | None = None,
     block_q: int = 128,
-    block_k: int = 64,
+    block_k: int = 128,
     skip_below: float | None = None,
     return_lse: bool = False,
     impl: Literal["auto", "reference", "cpu", "triton"] = "auto",

@@ -282,8 +282,11 @@ def backward_q_kernel(
 
 
 @triton.jit
-def delta_kernel(out_ptr, do_ptr, d_lse_ptr, delta_ptr, rows, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, HAS_LSE: tl.constexpr):
-    """delta = sum(out * d_out) - d_lse per row; all of them contiguous."""
+def delta_kernel(
+    out_ptr, do_ptr, lse_ptr, d_lse_ptr, delta_ptr, lse2_ptr, rows, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+    HAS_LSE: tl.constexpr, LSE2: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(out * d_out) - d_lse per row; all of them contiguous. LSE2: also the log-sum-exp in powers of two, inf for empty rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.arange(0, BDV)
     mask = (row < rows)[:, None] & (cols < DV)[None, :]
@@ -294,3 +297,6 @@ def delta_kernel(out_ptr, do_ptr, d_lse_ptr, delta_ptr, rows, DV: tl.constexpr, 
     if HAS_LSE:
         delta -= tl.load(d_lse_ptr + row, mask=row < rows, other=0.0)
     tl.store(delta_ptr + row, delta, mask=row < rows)
+    if LSE2:
+        lse = tl.load(lse_ptr + row, mask=row < rows, other=0.0)
+        tl.store(lse2_ptr + row, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=row < rows)

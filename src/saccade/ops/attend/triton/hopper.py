@@ -365,7 +365,7 @@ def forward(
     n_k, tiles = k.shape[2], ceil_div(n_q, BLOCK_M)
     work, group = tiles * batch * heads, heads // k.shape[1]
     read_q, read_k = (q, k) if codes is None else (codes.q, codes.k)
-    together = group * _cached(batch * k.shape[1], n_k * dim * (read_k.element_size() + v.element_size()))
+    together = group * cached_together(batch * k.shape[1], n_k * dim * (read_k.element_size() + v.element_size()))
     hopper_kernel[(min(multiprocessors(q), work),)](
         descriptor(read_q, BLOCK_M // 2), descriptor(read_k, keys), descriptor(v, keys), out, lse,
         q if lists is None else lists.starts, q if lists is None else lists.start_counts,
@@ -379,6 +379,6 @@ def forward(
     )  # fmt: skip
 
 
-def _cached(heads: int, size: int) -> int:
+def cached_together(heads: int, size: int) -> int:
     """The most of `heads` key/value heads, a divisor, whose `size` bytes each fit the cache together; at least 1."""
     return max(m for m in range(1, heads + 1) if heads % m == 0 and (m == 1 or m * size <= CACHED))

@@ -15,6 +15,7 @@ from saccade.ops.attend.triton.backward_k import backward_k_kernel
 from saccade.ops.attend.triton.backward_q import backward_q_kernel, delta_kernel
 from saccade.ops.attend.triton.extras import NONE, Extras, kernel_arguments, rank_sizes
 from saccade.ops.attend.triton.launch import Lists, list_strides, rows_descriptor, unit_stride
+from saccade.ops.attend.triton.turned import readers
 from saccade.ops.gpu import ceil_div, next_power_of_two
 
 
@@ -39,28 +40,6 @@ def backward_config(dim: int, dtype: torch.dtype, listed: bool) -> Config:
     if dim <= 128:
         return Config(64, 64, 64, 64, 32, 4, 4, 2, 2) if listed else Config(128, 64, 64, 64, 32, 8, 4, 3, 2)
     return Config(64, 32, 32, 64, 16, 8, 8, 1, 1)
-
-
-def readers(lists: Lists, n_q: int, n_k: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """Which query tiles read each key tile: ids `(B or 1, H, Tk, Tq)` int32, ascending, and counts `(B or 1, H, Tk)` int32.
-
-    For aligned key tiles. No host synchronisation; memory B * H * Tq * Tk entries.
-    """
-    key_tiles = ceil_div(n_k, lists.block_k)
-    tile = torch.where(lists.starts >= n_k, key_tiles, lists.starts // lists.block_k).long()
-    mask = torch.zeros(*tile.shape[:3], key_tiles + 1, dtype=torch.bool, device=tile.device)
-    mask = mask.scatter_(3, tile, True)[..., :key_tiles]
-    if causal:
-        last = (torch.arange(mask.shape[2], device=tile.device) + 1) * lists.block_q - 1 + n_k - n_q
-        begin = torch.arange(key_tiles, device=tile.device) * lists.block_k
-        mask = mask & (begin <= last[:, None])
-    mask = mask.transpose(2, 3).contiguous()
-    query_tiles = mask.shape[-1]
-    # the n-th reader goes to place n, all others to a place that is cut off
-    place = torch.where(mask, mask.cumsum(-1, dtype=torch.int32) - 1, query_tiles).long()
-    ids = torch.zeros(*mask.shape[:3], query_tiles + 1, dtype=torch.int32, device=mask.device)
-    ids.scatter_(3, place, torch.arange(query_tiles, dtype=torch.int32, device=mask.device).expand(mask.shape))
-    return ids[..., :query_tiles].contiguous(), mask.sum(-1, dtype=torch.int32)
 
 
 def seers(extras: Extras, n_k: int, keys: int) -> Tensor | None:
@@ -98,7 +77,7 @@ def backward(
     if q.numel() == 0 or n_k == 0:
         d_sinks = _sink_gradient(extras.sinks, lse, torch.zeros_like(lse) if d_lse is None else -d_lse)
         return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_sinks, da, db)
-    config = config or backward_config(max(dim, dim_v), q.dtype, lists is not None)
+    chosen, config = config, config or backward_config(max(dim, dim_v), q.dtype, lists is not None)
     if extras.a is not None:  # the bias needs registers and shared memory of its own
         config = config._replace(k_warps=8, q_stages=min(config.q_stages, 2))
     q, k, v = (unit_stride(x) for x in (q, k, v))
@@ -106,10 +85,19 @@ def backward(
     out = out.contiguous()
     delta = torch.empty_like(lse)
     padded_v = max(16, next_power_of_two(dim_v))
+    on_hopper = softcap == 0 and not extras.any and chosen is None and _hopper_takes(q, k, v, lists)
+    lse2 = torch.empty_like(lse) if on_hopper else lse
     delta_kernel[(ceil_div(lse.numel(), 64),)](
-        out, d_out, lse if d_lse is None else d_lse.contiguous(), delta, lse.numel(),
-        DV=dim_v, BDV=padded_v, BM=64, HAS_LSE=d_lse is not None,
+        out, d_out, lse, lse if d_lse is None else d_lse.contiguous(), delta, lse2, lse.numel(),
+        DV=dim_v, BDV=padded_v, BM=64, HAS_LSE=d_lse is not None, LSE2=on_hopper,
     )  # fmt: skip
+    if on_hopper:
+        from saccade.ops.attend.triton import hopper_backward
+
+        steps = (0,) * 5 if lists is None else list_strides(lists)
+        turned = None if lists is None else readers(lists, n_q, n_k, causal)
+        dq, dk, dv = hopper_backward.backward(q, k, v, d_out, lse2, delta, lists, steps, turned, causal=causal, scale=scale)
+        return Gradients(dq, dk, dv, _sink_gradient(None, lse, delta), da, db)
     padded = max(16, next_power_of_two(dim))
     none = q.new_empty(1, 1, 1, 0, dtype=torch.int32)
     listed = lists is not None
@@ -173,6 +161,14 @@ def backward(
             num_warps=config.k_warps if k_keys >= 64 else 4, num_stages=config.k_stages,
         )  # fmt: skip
     return Gradients(dq, dk.to(k.dtype), dv.to(v.dtype), _sink_gradient(extras.sinks, lse, delta), da, db)
+
+
+def _hopper_takes(q: Tensor, k: Tensor, v: Tensor, lists: Lists | None) -> bool:
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    from saccade.ops.attend.triton import hopper_backward
+
+    return hopper_backward.takes(q, k, v, lists)
 
 
 def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 """scan in Triton: the custom ops, what they refuse, and their gradients.
 
 Forms without delta rule and without gates per channel take their gradients from three more walks (`backward`), the others from two walks
-that keep states and from chunks on their own (`adjoint`). On a GPU, forms with gates per channel take theirs from the chunked form in
-plain torch, computed anew, and are called "triton+chunked" where a gradient is asked for: on an H200 the last kernel of their backward
-pass (`levels`, right in the interpreter) wrote wrong numbers and left its memory.
+that keep states and from chunks on their own (`adjoint`).
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.scan import chunked
 from saccade.ops.scan.problem import Problem
 from saccade.ops.scan.triton.adjoint import backward as _adjoint
 from saccade.ops.scan.triton.backward import backward as _backward
@@ -38,14 +35,7 @@ def refusal(problem: Problem) -> str | None:
 def scan(problem: Problem) -> tuple[str, tuple[Tensor, Tensor]]:
     """(what runs, (out, state))."""
     p = problem
-    tensors = (p.q, p.k, p.v, p.log_decay, p.beta, p.state)
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    result = scan_triton(*tensors, p.cu_seqlens, p.scale, p.wide_out)
-    return ("triton+chunked" if trains and not _has_backward(p.log_decay) else "triton"), result
-
-
-def _has_backward(log_decay: Tensor | None) -> bool:
-    return log_decay is None or log_decay.ndim != 4 or not log_decay.is_cuda
+    return "triton", scan_triton(p.q, p.k, p.v, p.log_decay, p.beta, p.state, p.cu_seqlens, p.scale, p.wide_out)
 
 
 @torch.library.custom_op("saccade::scan_triton", mutates_args=())
@@ -108,29 +98,9 @@ def _gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[An
     if dout is None:
         heads = max(q.shape[1], k.shape[1], v.shape[1])
         dout = q.new_zeros((q.shape[0], heads, q.shape[2], v.shape[3]))
-    if _has_backward(log_decay):
-        found = scan_triton_backward(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, ctx.scale, needs[3])
-        grads = (*found[:5], found[5] if state is None else found[5].to(state.dtype))
-    else:
-        grads = _chunked_gradients(ctx, dout, dstate)
+    found = scan_triton_backward(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, ctx.scale, needs[3])
+    grads = (*found[:5], found[5] if state is None else found[5].to(state.dtype))
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=False)), None, None, None)
-
-
-def _chunked_gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors, cu_seqlens = ctx.saved_tensors[:6], ctx.saved_tensors[6]
-    with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(tensors, ctx.needs_input_grad, strict=False)]
-        q, k, v, log_decay, beta, state = leaves
-        assert q is not None and k is not None and v is not None
-        heads = max(q.shape[1], k.shape[1], v.shape[1])
-        problem = Problem(
-            q=q, k=k, v=v, heads=heads, scale=ctx.scale, log_decay=log_decay, beta=beta, state=state, cu_seqlens=cu_seqlens
-        )
-        ends = zip(chunked.scan(problem), (dout, dstate), strict=True)
-        pairs = [(x, dx.to(x.dtype)) for x, dx in ends if dx is not None and x.requires_grad]
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [dx for _, dx in pairs], allow_unused=True))
-    return tuple(next(found) if x is not None and x.requires_grad else None for x in leaves)
 
 
 scan_triton.register_autograd(_gradients, setup_context=_keep)

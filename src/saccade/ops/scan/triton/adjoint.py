@@ -126,7 +126,8 @@ def _chunks(
     table, beta_ = either(chunks.table, q), either(beta, q)
     bv = min(c.grad_values, padded(dv, q.dtype))
     bd = min(c.level_columns if by_channel else c.grad_columns, padded(d, q.dtype))
-    blocks = ceil_div(d, bd)
+    # two at least: with one the loop over blocks is no loop, and Triton 3.6 then gave wrong dk on sm_90
+    blocks = max(2, ceil_div(d, bd))
     dbeta = torch.empty(blocks + 1 if by_channel else 1, batch, w.heads, n, dtype=torch.float32, device=q.device)
     sizes: dict[str, Any] = {
         "d": d, "dv": dv, "CHUNK": c.chunk, "BD": bd, "CHANNEL_BLOCKS": blocks, "BV": bv, "VALUE_BLOCKS": ceil_div(dv, bv),

@@ -15,7 +15,8 @@ class Config:
     """chunk: tokens a step, 32 or 64. columns: width of a block of values per program. programs: how many programs per multiprocessor a
     walk over segments should have; shortest: the fewest chunks of a segment. precision: of matmuls of inputs, solve: of the triangular
     inverse, carry: of the maps of segments. The rest are warps and pipeline stages of the kernels. Chunks of 64 rows want 4 warps: with 8,
-    both halves would compute the same rows."""
+    both halves would compute the same rows. `levels` has 2, so that its products run on mma.sync: wgmma may lose left factors that were
+    computed in registers (Triton 3.4 to 3.7 with the assembler of CUDA 12.9), and several are in flight there."""
 
     chunk: int = 64
     columns: int = 64
@@ -31,19 +32,21 @@ class Config:
     carry_columns: int = 64
     carry_warps: int = 8
     carry: str = "tf32"
-    transform_warps: int = 4
-    channel_warps: int = 8
+    products_warps: int = 4
+    channel_columns: int = 64
+    channel_warps: int = 4
+    transform_warps: int = 2
     back_columns: int = 64
     back_programs: float = 1.0
     back_stages: int = 2
     pair_warps: int = 4
     pair_stages: int = 1
-    grad_columns: int = 32
+    grad_columns: int = 64
     grad_values: int = 64
     grad_warps: int = 4
-    grad_stages: int = 2
+    grad_stages: int = 1
     level_columns: int = 32
-    level_warps: int = 4
+    level_warps: int = 2
     level_stages: int = 1
 
 
@@ -65,8 +68,7 @@ def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -
 
 
 def padded(width: int, dtype: torch.dtype) -> int:
-    """The width of a tile that holds a head dim: a power of two. Tiles of 16 bits have 64 columns at least: with 16 and 32, the UT
-    transform of 64 rows by 4 warps came out wrong on sm_90 (Triton 3.6; 8 warps, or a solve in "ieee", were right)."""
+    """The width of a tile that holds a head dim: a power of two. Tiles of 16 bits have 64 columns at least, as wide as wgmma wants."""
     return max(16 if dtype == torch.float32 else 64, next_power_of_two(width))
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: where a segment lies, the gates of a chunk, and the inverse of a unit lower triangular matrix."""
+"""What the kernels share: products, where a segment lies, and the gates of a chunk."""
 
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
@@ -98,47 +98,3 @@ def pair_gates(high, low, GATE: tl.constexpr):
         return (high[:, None] - high[None, :]) * low[:, None]
     else:
         return (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-
-
-@triton.jit
-def solve_small(system, BLOCKS: tl.constexpr):
-    """(I + system)^-1 of BLOCKS strictly lower triangular 16 x 16 matrices `(BLOCKS, 16, 16)`, by forward substitution."""
-    i = tl.arange(0, 16)
-    column = i[None, :, None]
-    identity = (column == i[None, None, :]) & (tl.arange(0, BLOCKS)[:, None, None] >= 0)
-    inverse = tl.where(identity, 1.0, 0.0)
-    for step in range(1, 16):
-        row = tl.sum(tl.where(column == step, system, 0.0), axis=1)
-        known = tl.sum(row[:, :, None] * inverse, axis=1)
-        inverse = tl.where(column == step, inverse - known[:, None, :], inverse)
-    return inverse
-
-
-@triton.jit
-def join_blocks(small, below, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 `(CHUNK, CHUNK)` from the inverses of its diagonal blocks and what lies below the blocks of A.
-
-    With Y = inverse of the diagonal times `below`, Y^(CHUNK / 16) is 0 and the inverse is (I - Y)(I + Y^2) times that of the diagonal:
-    substitution inside blocks keeps it stable, as few powers are taken.
-    """
-    BLOCKS: tl.constexpr = CHUNK // 16
-    a = tl.arange(0, BLOCKS)
-    same = (a[:, None, None, None] == a[None, None, :, None]) & (tl.arange(0, 16)[None, :, None, None] >= 0)
-    wide = tl.where(same, tl.expand_dims(small, 2), 0.0)
-    diagonal = tl.reshape(wide, [CHUNK, CHUNK])
-    i = tl.arange(0, CHUNK)
-    y = matmul(diagonal, below, PRECISION)
-    rest = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - y
-    if BLOCKS > 2:
-        square = matmul(y, y, PRECISION)
-        rest = rest + matmul(rest, square, PRECISION)
-    return matmul(rest, diagonal, PRECISION)
-
-
-@triton.jit
-def diagonal_blocks(matrix, CHUNK: tl.constexpr):
-    """The 16 x 16 blocks on the diagonal of a `(CHUNK, CHUNK)` matrix."""
-    BLOCKS: tl.constexpr = CHUNK // 16
-    a = tl.arange(0, BLOCKS)
-    same = a[:, None, None, None] == a[None, None, :, None]
-    return tl.sum(tl.where(same, tl.reshape(matrix, [BLOCKS, 16, BLOCKS, 16]), 0.0), axis=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.gpu import ceil_div
-from saccade.ops.scan.triton import channel, delta
+from saccade.ops.scan.triton import channel, delta, solve
 from saccade.ops.scan.triton.config import Config, Cut, config, cut, padded, segment_length
 from saccade.ops.scan.triton.outputs import outputs
 from saccade.ops.scan.triton.segments import carry, carry_delta, segment_maps
@@ -170,51 +170,63 @@ def carry_over(maps: Maps, w: Walk, c: Config, segments: Cut, first: Tensor | No
 
 
 def _by_delta(w: Walk, beta: Tensor, c: Config, keep: bool = False) -> Walk:
-    q, k, v = even(w.rows), even(w.cols), even(w.vals)
-    batch, n, d, dv = k.shape[0], k.shape[2], k.shape[3], v.shape[3]
+    q, k = even(w.rows), even(w.cols)
+    batch, n, d = k.shape[0], k.shape[2], k.shape[3]
     chunks = cut(n, batch, c.chunk, w.cu_seqlens)
-    u = torch.empty(batch, w.heads, n, dv, dtype=v.dtype, device=v.device)
-    read = torch.empty(batch, w.heads, n, d, dtype=v.dtype, device=v.device)
-    pairs = _squares(chunks, w.heads, c, k)
-    inverses = _squares(chunks, w.heads, c, k) if keep else None
+    pairs, systems = _squares(chunks, w.heads, c, k.dtype, k), _squares(chunks, w.heads, c, torch.float32, k)
     gate, gate_steps = gate_of(w, k)
-    bv = min(128, padded(dv, k.dtype))
-    delta.transform[(chunks.slots, w.heads)](
-        q, k, v, beta, gate, u, read, either(inverses, k), pairs, either(chunks.table, k), n,
-        chunks.per_sequence, w.heads, w.scale, *strides(q, w.heads), *strides(k, w.heads), *strides(v, w.heads), *gate_steps,
-        *beta.stride(),
-        d=d, dv=dv, CHUNK=c.chunk, BD=padded(d, k.dtype), BV=bv, VALUE_BLOCKS=ceil_div(dv, bv), GATE=w.kind,
-        PACKED=w.cu_seqlens is not None, KEEP=keep, PRECISION=c.precision, SOLVE=c.solve, num_warps=c.transform_warps,
+    delta.products[(chunks.slots, w.heads)](
+        q, k, gate, pairs, systems, either(chunks.table, k), n, chunks.per_sequence, w.heads, w.scale, *strides(q, w.heads),
+        *strides(k, w.heads), *gate_steps,
+        d=d, CHUNK=c.chunk, BD=padded(d, k.dtype), GATE=w.kind, PACKED=w.cu_seqlens is not None, PRECISION=c.precision,
+        num_warps=c.products_warps,
     )  # fmt: skip
-    return w._replace(vals=u, w=read, inverses=inverses, pairs=pairs)
+    return _solved(w._replace(pairs=pairs), systems, k, None, beta, chunks, c, keep)
 
 
 def _by_channel(w: Walk, log_decay: Tensor, beta: Tensor | None, c: Config, keep: bool = False) -> Walk:
-    q, k, v, g = even(w.rows), even(w.cols), even(w.vals), even(log_decay)
-    batch, n, d, dv = q.shape[0], q.shape[2], q.shape[3], v.shape[3]
+    q, k, g = even(w.rows), even(w.cols), even(log_decay)
+    batch, n, d = q.shape[0], q.shape[2], q.shape[3]
     chunks = cut(n, batch, c.chunk, w.cu_seqlens)
+    is_delta = beta is not None
     q_gated, k_gated = (torch.empty(batch, w.heads, n, d, dtype=q.dtype, device=q.device) for _ in range(2))
-    pairs = _squares(chunks, w.heads, c, q)
-    inverses = _squares(chunks, w.heads, c, q) if keep and beta is not None else None
+    read = torch.empty_like(q_gated) if is_delta else None
+    pairs = _squares(chunks, w.heads, c, q.dtype, q)
+    systems = _squares(chunks, w.heads, c, torch.float32, q) if is_delta else None
     totals = torch.empty(chunks.slots, w.heads, d, dtype=torch.float32, device=q.device)
-    u = w_ = None
-    if beta is not None:
-        u = torch.empty(batch, w.heads, n, dv, dtype=v.dtype, device=v.device)
-        w_ = torch.empty_like(q_gated)
-    bv = min(128, padded(dv, q.dtype))
-    channel.transform[(chunks.slots, w.heads)](
-        q, k, v, either(beta, q), g, q_gated, k_gated, pairs, totals, either(u, q), either(w_, q), either(inverses, q),
-        either(chunks.table, q), n, chunks.per_sequence, w.heads, w.scale,
-        *strides(q, w.heads), *strides(k, w.heads), *strides(v, w.heads), *g.stride()[:3],
-        *(beta.stride() if beta is not None else (0, 0, 0)),
-        d=d, dv=dv, CHUNK=c.chunk, BD=padded(d, q.dtype), BV=bv, VALUE_BLOCKS=ceil_div(dv, bv), DELTA=beta is not None,
-        PACKED=w.cu_seqlens is not None, KEEP=inverses is not None, PRECISION=c.precision, SOLVE=c.solve, num_warps=c.channel_warps,
+    bd = min(c.channel_columns, padded(d, q.dtype))
+    channel.products[(2 * chunks.slots, w.heads)](
+        q, k, g, q_gated, k_gated, either(read, q), pairs, either(systems, q), totals, either(chunks.table, q), n, chunks.per_sequence,
+        w.heads, w.scale, *strides(q, w.heads), *strides(k, w.heads), *g.stride()[:3],
+        d=d, CHUNK=c.chunk, LEVELS=c.chunk.bit_length() - 2, BD=bd, CHANNEL_BLOCKS=max(2, ceil_div(d, bd)), DELTA=is_delta,
+        PACKED=w.cu_seqlens is not None, PRECISION=c.precision, num_warps=c.channel_warps,
     )  # fmt: skip
-    return w._replace(rows=q_gated, cols=k_gated, vals=v if u is None else u, w=w_, pairs=pairs, totals=totals, inverses=inverses)
+    w = w._replace(rows=q_gated, cols=k_gated, pairs=pairs, totals=totals)
+    if beta is None or systems is None or read is None:
+        return w
+    return _solved(w, systems, read, read, beta, chunks, c, keep)
 
 
-def _squares(chunks: Cut, heads: int, c: Config, x: Tensor) -> Tensor:
-    return torch.empty(chunks.slots, heads, c.chunk, c.chunk, dtype=x.dtype, device=x.device)
+def _solved(w: Walk, systems: Tensor, read: Tensor, into: Tensor | None, beta: Tensor, chunks: Cut, c: Config, keep: bool) -> Walk:
+    """The UT transform of all chunks. read: the keys as the state is read with; into: where w goes, which may be the same."""
+    v = even(w.vals)
+    batch, n, d, dv = v.shape[0], v.shape[2], read.shape[3], v.shape[3]
+    u = torch.empty(batch, w.heads, n, dv, dtype=v.dtype, device=v.device)
+    into = torch.empty(batch, w.heads, n, d, dtype=v.dtype, device=v.device) if into is None else into
+    inverses = _squares(chunks, w.heads, c, v.dtype, v) if keep else None
+    gate, gate_steps = gate_of(w, v)
+    bv = min(128, padded(dv, v.dtype))
+    solve.transform[(chunks.slots, w.heads)](
+        systems, read, v, beta, gate, u, into, either(inverses, v), either(chunks.table, v), n, chunks.per_sequence, w.heads,
+        *strides(read, w.heads), *strides(v, w.heads), *gate_steps, *beta.stride(),
+        d=d, dv=dv, CHUNK=c.chunk, BD=padded(d, v.dtype), BV=bv, VALUE_BLOCKS=ceil_div(dv, bv), GATE=w.kind,
+        PACKED=w.cu_seqlens is not None, KEEP=keep, PRECISION=c.precision, SOLVE=c.solve, num_warps=c.transform_warps,
+    )  # fmt: skip
+    return w._replace(vals=u, w=into, inverses=inverses)
+
+
+def _squares(chunks: Cut, heads: int, c: Config, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return torch.empty(chunks.slots, heads, c.chunk, c.chunk, dtype=dtype, device=x.device)
 
 
 def sequences_of(w: Walk) -> int:

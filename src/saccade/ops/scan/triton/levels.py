@@ -18,30 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.scan.triton.inside import LOG2E, LOWEST, matmul, matmul_add, segment_of
+from saccade.ops.scan.triton.inside import LOG2E, LOWEST, matmul, segment_of
+from saccade.ops.scan.triton.sums import in_parts, level_ranges, ranges, sums
 from saccade.ops.scan.triton.tokens import state_dots, times_state
-
-
-@triton.jit
-def ranges(low, high, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """A square of ones and zeros: column s is 1 in rows [low_s, high_s], both `(CHUNK,)`."""
-    row = tl.arange(0, CHUNK)[:, None]
-    ones = tl.where((row >= low[None, :]) & (row <= high[None, :]), 1.0, 0.0)
-    if PRECISION == "ieee":
-        return ones
-    else:
-        return ones.to(tl.bfloat16)
-
-
-@triton.jit
-def add_sums(ones, x, to, PRECISION: tl.constexpr):
-    """to + ones @ x."""
-    if PRECISION == "ieee":
-        return matmul_add(ones, x, to, PRECISION)
-    else:
-        high = x.to(tl.bfloat16)
-        to = matmul_add(ones, (x - high.to(tl.float32)).to(tl.bfloat16), to, PRECISION)
-        return matmul_add(ones, high, to, PRECISION)
 
 
 @triton.jit
@@ -93,22 +72,22 @@ def channel_gradients(
     qt = tl.load(q + token[:, None] * query_n + ci[None, :], mask=mask, other=0.0)
     kt = tl.load(k + token[:, None] * key_n + ci[None, :], mask=mask, other=0.0)
     gt = tl.load(gate + token[:, None] * gate_n + ci[None, :], mask=mask, other=0.0).to(tl.float32)
-    gt = tl.maximum(gt, LOWEST) * LOG2E
+    g_high, g_low = in_parts(tl.maximum(gt, LOWEST) * LOG2E, PRECISION)
     dtype = kt.dtype
-    nothing = tl.zeros([CHUNK, BD], tl.float32)
-    dg_t = nothing
+    dg_t = tl.zeros([CHUNK, BD], tl.float32)
     if GATE_GRAD:
         total = tl.load(totals + place * d + ci, mask=ci < d, other=0.0)
         dg_t += (state_dots(states, ends, ci, d, dv, BD, BV, VALUE_BLOCKS) * tl.exp2(total))[None, :]
 
     # from and to the states
-    ones = ranges(none, i - 1, CHUNK, PRECISION)
-    x = tl.exp2(add_sums(ones, gt, nothing, PRECISION))
+    ones = ranges(none, i - 1, CHUNK, False, PRECISION)
+    x = tl.exp2(sums(ones, g_high, g_low, PRECISION))
     dk_t = times_state(new, new_n, ends, token, inside, ci, d, dv, CHUNK, BD, BV, VALUE_BLOCKS, PRECISION) * x
     if GATE_GRAD:
-        dg_t = add_sums(tl.trans(ones), kt.to(tl.float32) * dk_t, dg_t, PRECISION)
-    ones = ranges(i, none + CHUNK - 1, CHUNK, PRECISION)
-    x = tl.exp2(add_sums(ones, gt, nothing, PRECISION))
+        high, low = in_parts(kt.to(tl.float32) * dk_t, PRECISION)
+        dg_t += sums(ranges(none, i - 1, CHUNK, True, PRECISION), high, low, PRECISION)
+    ones = ranges(i, none + CHUNK - 1, CHUNK, False, PRECISION)
+    x = tl.exp2(sums(ones, g_high, g_low, PRECISION))
     dq_t = times_state(dout, out_n, states, token, inside, ci, d, dv, CHUNK, BD, BV, VALUE_BLOCKS, PRECISION) * (x * scale)
     given = qt.to(tl.float32) * dq_t
     if DELTA:
@@ -118,7 +97,8 @@ def channel_gradients(
         dk_t += y
         given += kt.to(tl.float32) * y
     if GATE_GRAD:
-        dg_t = add_sums(tl.trans(ones), given, dg_t, PRECISION)
+        high, low = in_parts(given, PRECISION)
+        dg_t += sums(ranges(i, none + CHUNK - 1, CHUNK, True, PRECISION), high, low, PRECISION)
     dq_t += own[:, None] * kt.to(tl.float32)
     dk_t += own[:, None] * qt.to(tl.float32)
 
@@ -127,8 +107,8 @@ def channel_gradients(
         is_late = ((i >> level) & 1) == 1
         late = is_late[:, None]
         # a token's factor holds the gates between the boundary and it; so a gate is in those of the tokens on its other side
-        ones = ranges(tl.where(is_late, i, begin), tl.where(is_late, begin + (1 << level), i) - 1, CHUNK, PRECISION)
-        x = tl.exp2(add_sums(ones, gt, nothing, PRECISION))
+        ones = level_ranges(level, CHUNK, False, PRECISION)
+        x = tl.exp2(sums(ones, g_high, g_low, PRECISION))
         z = tl.where(late, qt, kt).to(tl.float32)
         twin = begin + tl.where(is_late, -(1 << level), 1 << level)
         there = (begin < end - at)[:, None]
@@ -147,7 +127,8 @@ def channel_gradients(
             strength -= tl.where(is_late, tl.sum(kt.to(tl.float32) * y, axis=1), 0.0)
             dk_t += y * turned
         if GATE_GRAD:
-            dg_t = add_sums(tl.trans(ones), given, dg_t, PRECISION)
+            high, low = in_parts(given, PRECISION)
+            dg_t += sums(level_ranges(level, CHUNK, True, PRECISION), high, low, PRECISION)
     tl.store(dq + at_out, dq_t.to(dq.dtype.element_ty), mask=mask)
     tl.store(dk + at_out, dk_t.to(dk.dtype.element_ty), mask=mask)
     if GATE_GRAD:

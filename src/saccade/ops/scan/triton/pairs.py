@@ -55,13 +55,15 @@ def pair_gradients(
     i = tl.arange(0, CHUNK)
     token = (at + i).to(tl.int64)
     inside = at + i < end
-    square = ((chunk + (at - first) // CHUNK).to(tl.int64) * heads + h) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
+    place = ((chunk + (at - first) // CHUNK).to(tl.int64) * heads + h) * CHUNK * CHUNK
+    square = place + i[:, None] * CHUNK + i[None, :]
+    mirrored = place + i[None, :] * CHUNK + i[:, None]
     dout += batch * out_b + (h // out_group).to(tl.int64) * out_h
     new += batch * new_b + (h // new_group).to(tl.int64) * new_h
     if DELTA:
         v += batch * val_b + (h // val_group).to(tl.int64) * val_h
         bt = tl.load(beta + batch * beta_b + h.to(tl.int64) * beta_h + token * beta_n, mask=inside, other=0.0).to(tl.float32)
-        turn = tl.trans(tl.load(inverses + square, mask=(i[:, None] >= i[None, :]) & (at < end), other=0.0))
+        turn = tl.load(inverses + mirrored, mask=(i[:, None] <= i[None, :]) & (at < end), other=0.0)
         by_k = tl.zeros([CHUNK, CHUNK], tl.float32)
         dots = tl.zeros([CHUNK], tl.float32)
     by_q = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -72,15 +74,15 @@ def pair_gradients(
         nt = tl.load(new + token[:, None] * new_n + vi[None, :], mask=mask, other=0.0)
         by_q = matmul_add(ot, tl.trans(nt), by_q, PRECISION)
         if DELTA:
-            place = (here + token[:, None]) * dv + vi[None, :]
-            raw = tl.load(back + place, mask=mask, other=0.0)
+            row = (here + token[:, None]) * dv + vi[None, :]
+            raw = tl.load(back + row, mask=mask, other=0.0)
             yt = matmul(turn, raw, PRECISION)
             low = yt.to(nt.dtype)
             by_k = matmul_add(low, tl.trans(nt), by_k, PRECISION)
             vt = tl.load(v + token[:, None] * val_n + vi[None, :], mask=mask, other=0.0)
             dots += tl.sum(yt * vt.to(tl.float32), axis=1)
-            tl.store(back + place, low, mask=mask)
-            tl.store(dval + place, (yt * bt[:, None]).to(dval.dtype.element_ty), mask=mask)
+            tl.store(back + row, low, mask=mask)
+            tl.store(dval + row, (yt * bt[:, None]).to(dval.dtype.element_ty), mask=mask)
     by_q = by_q * scale
     if GATE != NO_GATE and GATE != CHANNEL_GATE:
         gate += batch * gate_b + h.to(tl.int64) * gate_h
@@ -91,14 +93,17 @@ def pair_gradients(
             by_k = by_k * weight
     if GATE == CHANNEL_GATE:
         low_q = by_q.to(by_query.dtype.element_ty)
-        tl.store(by_query + square, tl.where(i[:, None] >= i[None, :], low_q, tl.trans(low_q)), mask=at < end)
+        tl.store(by_query + square, low_q, mask=(i[:, None] >= i[None, :]) & (at < end))
+        tl.store(by_query + mirrored, low_q, mask=(i[:, None] > i[None, :]) & (at < end))
     else:
         tl.store(by_query + square, by_q.to(by_query.dtype.element_ty), mask=(i[:, None] >= i[None, :]) & (at < end))
     if DELTA:
         low_k = by_k.to(by_key.dtype.element_ty)
         if GATE == CHANNEL_GATE:
-            low_k = tl.where(i[:, None] > i[None, :], low_k, tl.trans(low_k))
-        tl.store(by_key + square, low_k, mask=at < end)
+            tl.store(by_key + mirrored, low_k, mask=(i[:, None] > i[None, :]) & (at < end))
+            tl.store(by_key + square, low_k, mask=(i[:, None] >= i[None, :]) & (at < end))
+        else:
+            tl.store(by_key + square, low_k, mask=at < end)
         tl.store(dbeta + here + token, dots, mask=inside)
     if GATE_GRAD and GATE != CHANNEL_GATE:
         q += batch * query_b + (h // query_group).to(tl.int64) * query_h
