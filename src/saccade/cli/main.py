@@ -28,8 +28,11 @@ class Commands(TyperGroup):
         if cmd_name not in _modules():
             self.list_commands(ctx)  # so that the refusal can name the nearest of them
         elif cmd_name not in self.commands:
-            run = getattr(import_module(f"{cli.__name__}.{cmd_name}"), "command", None)
-            if run is not None:
+            module = import_module(f"{cli.__name__}.{cmd_name}")
+            run, group = getattr(module, "command", None), getattr(module, "group", None)
+            if group is not None:  # a command with commands of its own
+                self.commands[cmd_name] = typer.main.get_command(group)
+            elif run is not None:
                 alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
                 alone.command(cmd_name)(friendly()(run))
                 self.commands[cmd_name] = typer.main.get_command(alone)

@@ -1,9 +1,11 @@
-"""`saccade train`: the recipe of the model that ships with the package, and one that extends any model's context."""
+"""`saccade train`: a recipe from a YAML file, those of the model that ships with the package, and one that extends any model's context."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,12 +37,22 @@ class Adapt(StrEnum):
     full = "full"
 
 
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+# the options that a recipe file has no use for: giving one is a mistake, not a wish to be passed over
+_BUILT_IN_ONLY = ("start", "examine", "context", "original", "method", "positions", "adapt", "rank", "batch", "rate", "data", "seed")
+
+
 def command(
+    ctx: typer.Context,
     recipe: Annotated[
-        Recipe,
+        str,
         typer.Argument(
-            help="pocket, then -chains, -length and -finish with --start: minutes on GPUs; tiny: seconds on a CPU; "
-            "extend: a longer context for the model in --start."
+            help="A YAML file (docs/training.md), or pocket, then pocket-chains, -length and -finish with --start: minutes on GPUs; "
+            "tiny: seconds on a CPU; extend: a longer context for the model in --start."
         ),
     ],
     out: Annotated[
@@ -49,8 +61,13 @@ def command(
     start: Annotated[
         Path | None, typer.Option("--start", help="pocket-chains, -length, -finish, extend: folder with the weights to go on from.")
     ] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", help="Length of the run; the shipped model's by default.", min=10)] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Length of the run; tiny: 16, extend: 1000 by default.", min=1)] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Length of the run; the shipped model's, or the file's, by default.", min=10)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Length of the run; tiny: 16, extend: 1000, or the file's, by default.", min=1)
+    ] = None,
+    device: Annotated[Device | None, typer.Option("--device", help="A recipe file's device; what it says by default.")] = None,
     examine: Annotated[bool, typer.Option("--examine/--no-examine", help="Score the model by length at the end (pocket).")] = True,
     context: Annotated[int | None, typer.Option("--context", help="extend: tokens the model should serve.", min=2)] = None,
     original: Annotated[
@@ -67,11 +84,22 @@ def command(
     data: Annotated[Path | None, typer.Option("--data", help="extend: a UTF-8 text file; Python sources by default.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="extend: decides what is drawn.")] = 0,
 ) -> None:
-    """Train the pocket model from the Python sources installed beside the interpreter, or extend a model's context.
+    """Train a model by a recipe: one in a YAML file, or one of those that are built in.
 
-    Runs alone or under torchrun (`torchrun --nproc-per-node 2 -m saccade.cli.main train pocket -o runs/pocket`; extend: alone).
+    A run that was cut off goes on, by the same command, to the same numbers. Runs alone or under torchrun
+    (`torchrun --nproc-per-node 2 -m saccade.cli.main train RECIPE -o runs/one`; extend: alone).
     """
-    if recipe is Recipe.extend:
+    names = [known.value for known in Recipe]
+    if recipe not in names:
+        if seconds is not None and steps is not None:
+            raise ValueError("--steps and --seconds both say how long the run is: give one of them")
+        sources = {name: ctx.get_parameter_source(name) for name in _BUILT_IN_ONLY}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        return _from_file(Path(recipe), names, given, out, steps, seconds, None if device is None else device.value)
+    if device is not None:
+        raise ValueError(f"--device is for recipe files: {recipe} takes the GPU if there is one")
+    chosen = Recipe(recipe)
+    if chosen is Recipe.extend:
         if start is None or context is None:
             raise ValueError("extend needs the model and the tokens it should serve: give --start FOLDER and --context N")
         from saccade.train.extend import ExtendConfig
@@ -90,14 +118,14 @@ def command(
     from saccade.train.report import write_report
 
     _check_folder(out)
-    given = {} if seconds is None else {"seconds": seconds}
+    length = {} if seconds is None else {"seconds": seconds}
     follow_ups = {Recipe.chains: chains_config, Recipe.length: length_config, Recipe.finish: finish_config}
-    if recipe in follow_ups:
+    if chosen in follow_ups:
         if start is None or not (start / "config.json").is_file():
-            raise ValueError(f"{recipe.value} goes on from trained weights: give their folder with --start (given: {start})")
-        config = follow_ups[recipe](out, start, **given)
+            raise ValueError(f"{recipe} goes on from trained weights: give their folder with --start (given: {start})")
+        config = follow_ups[chosen](out, start, **length)
     else:
-        config = tiny_config(out, steps or 16) if recipe is Recipe.tiny else pocket_config(out, **given)
+        config = tiny_config(out, steps or 16) if chosen is Recipe.tiny else pocket_config(out, **length)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("preparing the text", total=config.seconds or config.steps)
@@ -108,10 +136,48 @@ def command(
 
         weights = train(config, show)
     write(f"model: {weights}")
-    if examine and recipe is not Recipe.tiny and int(os.environ.get("RANK", "0")) == 0:
+    if examine and chosen is not Recipe.tiny and int(os.environ.get("RANK", "0")) == 0:
         import torch
 
         write(f"scores: {write_report(weights, 'cuda' if torch.cuda.is_available() else 'cpu')}")
+
+
+def _from_file(
+    path: Path, names: list[str], given: list[str], out: Path, steps: int | None, seconds: float | None, device: str | None
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from saccade.cli.console import console, write
+    from saccade.train.fields import nearest
+
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        raise ValueError(f"there is no recipe {str(path)!r}: {nearest(str(path), names)} Or give the path of a YAML file")
+    if not path.is_file():
+        raise ValueError(f"the recipe {path} does not exist: give the path of a YAML file, or one of {', '.join(names)}")
+    if given:
+        raise ValueError(f"--{' and --'.join(given)} can't be given with a recipe file: write it into {path}")
+    from saccade.train.loop import CURVE, train
+    from saccade.train.recipe import read_recipe
+
+    recipe = read_recipe(path).lasting(steps, seconds)
+    if device is not None:
+        recipe = replace(recipe, device=device)  # type: ignore[arg-type]
+    _check_folder(out)
+    first = int(os.environ.get("RANK", "0")) == 0
+    screen = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not (first and screen.is_terminal)) as bar:
+        task = bar.add_task("preparing", total=recipe.steps or math.ceil(recipe.seconds or 1))
+
+        def show(row: dict[str, Any]) -> None:
+            done = row["step"] if recipe.steps else int(row["seconds"])
+            bar.update(task, completed=done, description=f"step {row['step']}  loss {row['loss']:.3f}")
+
+        result = train(recipe, out, show)
+    if first:
+        write(f"model: {result.weights}")
+        write(f"curve: {out / CURVE}")
+        write("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in result.scores.items()))
 
 
 def _check_folder(out: Path) -> None:

@@ -1,4 +1,8 @@
-"""One process per GPU, started by `torchrun`, or a single process: the same calls for both."""
+"""One process per GPU, started by `torchrun`, or a single process: the same calls for both.
+
+Processes either hold the whole model each and average gradients, or share it: `shard` (FSDP2) leaves every process a part of every
+parameter, `whole` puts a part's tensor together, `spread` takes this process's part of a whole one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,47 @@ class Ranks:
         shared = torch.tensor([number], dtype=torch.float64, device=self.device)
         dist.broadcast(shared, 0)
         return shared.item()
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self.world == 1:
+            return numbers
+        shared = numbers.to(self.device, copy=True)
+        dist.all_reduce(shared)
+        return shared
+
+
+def shard(model: nn.Module, ranks: Ranks) -> None:
+    """Share the parameters of `model` out to the processes, in place, layer by layer, where there are several."""
+    if ranks.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    # the layers: the list that holds most of the model; lists of small parts inside a layer stay with it
+    layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=nn.ModuleList())
+    for layer in dict.fromkeys(layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard; every process has to call this. Anything else is returned as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[union-attr]
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a full tensor that every process holds, laid out as `like`; without shards, or for a tensor of another
+    shape (a counter), the tensor itself.
+    """
+    if not hasattr(like, "device_mesh") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def load_stretched(config: ExtendConfig) -> PreTrainedModel:
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(config.start, config=settings, dtype=torch.float32, local_files_only=True)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> Any:

@@ -30,6 +30,8 @@ from saccade.train.config import TrainConfig, pocket_config, tiny_config
 from saccade.train.corpus import common_words, load_corpus
 from saccade.train.data import TaskMix
 from saccade.train.distributed import Ranks, join
+from saccade.train.metrics import FILE as METRICS
+from saccade.train.metrics import append_row, cut_rows
 from saccade.train.muon import Muon
 from saccade.train.pieces import SCORED, TAG, Kind
 from saccade.train.text import Grammar
@@ -163,7 +165,7 @@ class _Run:
             self.phase, self.phase_start = counters["phase"], counters["phase_start"]
         if ranks.rank == 0:
             config.out.mkdir(parents=True, exist_ok=True)
-            self._trim_metrics()
+            cut_rows(config.out / METRICS, self.step)  # what came after the checkpoint will be written again
         self.loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = weighted_loss
         if config.compile:
             for layer in self.model.model.layers:
@@ -280,18 +282,9 @@ class _Run:
         context = self.config.phases[self.phase].context
         head = {"step": self.step, "seconds": round(self.elapsed, 2), "tokens": self.tokens, "context": context}
         full = head | {name: round(value, 6) for name, value in row.items()}
-        with (self.config.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(full) + "\n")
+        append_row(self.config.out / METRICS, full)
         if self.report is not None:
             self.report(full)
-
-    def _trim_metrics(self) -> None:
-        """Drop the rows after the checkpoint: they will be written again."""
-        path = self.config.out / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _save(self) -> None:
         if self.ranks.rank == 0:
