@@ -6,6 +6,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from saccade.autoclasses import watch
+
 __version__ = "0.1.0"
 
 # name -> module; resolved on first use, so that `import saccade` needs no GPU, no network and little time
@@ -15,6 +17,7 @@ _DOORS = {
     "calibrate": "saccade.attach",
     "load_cache": "saccade.attach",
     "memory": "saccade.attach",
+    "mixer": "saccade.methods",
     "speculate": "saccade.attach",
     "last_run": "saccade.ops",
     "pocket": "saccade.models.pocket",
@@ -23,7 +26,8 @@ _DOORS = {
 }
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    "Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "load_cache", "memory", "pocket", "speculate",
+    "Plan", "Selection", "__version__", "attach", "attention", "calibrate", "last_run", "load_cache", "memory", "mixer", "pocket",
+    "speculate",
 ]  # fmt: skip
 
 
@@ -49,3 +53,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+watch()

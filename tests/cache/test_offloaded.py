@@ -13,7 +13,6 @@ from saccade.core import Rotary
 from saccade.parts.rotary import turn
 
 ROTARY = Rotary(10000.0 ** (-torch.arange(4) / 4))
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def entries(n: int = 40, batch: int = 2, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -169,7 +168,7 @@ def test_a_stream_is_read_by_place_wherever_it_lies(rotary: Rotary | None) -> No
 # -- an accelerator --------------------------------------------------------------------------------------------------------
 
 
-@CUDA
+@pytest.mark.gpu
 def test_on_cuda_rows_lie_in_pinned_memory_and_come_on_a_stream_of_their_own() -> None:
     keys, values, side = entries(device="cuda")
     s = OffloadedSegment.of(keys, values, side, begin=7, near=5, rotary=ROTARY)

@@ -13,10 +13,10 @@ import saccade
 from saccade.attach import Session
 from saccade.core import Calibrated, Info, Method, Plan, format_spec
 from saccade.methods import build, load_all
-from tests.contract.models import tiny
+from tests.contract.models import DEVICE, tiny
 
 SAME = 1e-6  # two ways of computing the same thing in float64 (scores that only choose may be float32)
-METHODS = {slug: method for slug, method in load_all().items() if slug != "dense"}
+METHODS = {slug: method for slug, method in load_all().items() if slug != "dense" and method.info.phase != "mixer"}
 
 
 def info(slug: str) -> Info:
@@ -39,14 +39,16 @@ def llama() -> PreTrainedModel:
 
 def tokens(batch: int, n: int, seed: int = 1) -> Tensor:
     """Token ids `(batch, n)` without padding or special ids."""
-    return torch.randint(3, 97, (batch, n), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 97, (batch, n), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def untrained_plan(model: PreTrainedModel, method: Method) -> Plan:
     """A plan of random numbers for a method whose parts are trained: what holds for every plan holds for it."""
+    from saccade.methods.cache.adore import Adore
     from saccade.methods.cache.dynamic_llava import DynamicLlava
     from saccade.train.attention_gates import attention_gates_plan, new_gates
     from saccade.train.gates import gate_shape, gates_plan
+    from saccade.train.token_controller import controller_plan, new_controller
     from saccade.train.token_predictors import new_predictors, predictors_plan
 
     if method.info.slug == "attention-gate":
@@ -54,6 +56,8 @@ def untrained_plan(model: PreTrainedModel, method: Method) -> Plan:
         return attention_gates_plan(model, gates, method.spec)
     if isinstance(method, DynamicLlava):
         return predictors_plan(model, method, new_predictors(model, method, dim=16))
+    if isinstance(method, Adore):
+        return controller_plan(model, method, new_controller(model, dim=16, hidden=16))
     generator = torch.Generator().manual_seed(3)
     return gates_plan(model, torch.rand(gate_shape(model), generator=generator), method.spec)
 

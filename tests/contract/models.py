@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+# SACCADE_TEST_DEVICE=cuda runs the matrix on a GPU
+DEVICE = torch.device(os.environ.get("SACCADE_TEST_DEVICE", "cpu"))
 
 _SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -60,6 +64,6 @@ def _tiny(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     # eager: transformers' sdpa path does not know Gemma-2's softcap
     implementation = "eager" if family == "gemma2" else "sdpa"
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval().to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval().to(DEVICE, dtype)
     model.set_experts_implementation("eager")  # the grouped kernels know no float64
     return model

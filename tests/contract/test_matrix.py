@@ -26,7 +26,7 @@ from tests.contract.harness import (
     sparse,
     tokens,
 )
-from tests.contract.models import tiny
+from tests.contract.models import DEVICE, tiny
 
 ALL = sorted(METHODS)
 N, STEPS = 77, 5  # prompt and single steps: no multiple of any tile
@@ -82,14 +82,14 @@ def test_padding(slug: str, side: str) -> None:
     """A padded row gives what the same row gives alone."""
     model, pad = llama(), 13
     ids, short = tokens(2, N), tokens(1, N - pad, seed=5)
-    gap = torch.zeros(1, pad, dtype=torch.long)
+    gap = torch.zeros(1, pad, dtype=torch.long, device=DEVICE)
     batch = torch.cat([ids[:1], torch.cat([gap, short] if side == "left" else [short, gap], 1)])
-    mask = torch.ones(2, N, dtype=torch.long)
+    mask = torch.ones(2, N, dtype=torch.long, device=DEVICE)
     real = slice(pad, None) if side == "left" else slice(0, N - pad)
     mask[1] = 0
     mask[1, real] = 1
     steps = tokens(2, STEPS, seed=6)
-    whole, mask = torch.cat([batch, steps], 1), torch.cat([mask, torch.ones(2, STEPS, dtype=torch.long)], 1)
+    whole, mask = torch.cat([batch, steps], 1), torch.cat([mask, torch.ones(2, STEPS, dtype=torch.long, device=DEVICE)], 1)
     with attached(sparse(slug)):
         both = logits(model, whole, steps=STEPS, mask=mask)
         first = logits(model, whole[:1], steps=STEPS)
@@ -142,9 +142,9 @@ def test_nothing_from_the_future(slug: str) -> None:
 def test_no_value_from_the_future(slug: str) -> None:
     """Whatever decides the pattern, output i is made of values up to i."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, 150, 16, generator=generator) for h in (6, 2, 2))
+    q, k, v = (torch.randn(1, h, 150, 16, generator=generator).to(DEVICE) for h in (6, 2, 2))
     other = v.clone()
-    other[:, :, 90:] = torch.randn(1, 2, 60, 16, generator=generator)
+    other[:, :, 90:] = torch.randn(1, 2, 60, 16, generator=generator).to(DEVICE)
     found = plan("llama", sparse(slug), torch.float64)  # of a model with these heads
     a, b = (saccade.attention(q, k, x, method=sparse(slug), plan=found) for x in (v, other))
     assert error(a[:, :, :90], b[:, :, :90]) == 0
@@ -177,7 +177,7 @@ def test_beam_search(slug: str) -> None:
 @pytest.mark.parametrize("slug", ALL)
 def test_reordered_rows_go_on_as_themselves(slug: str) -> None:
     model, ids, more = llama(), tokens(3, N), tokens(3, 20, seed=3)
-    order = torch.tensor([2, 0, 1])
+    order = torch.tensor([2, 0, 1], device=DEVICE)
     with attached(sparse(slug)), torch.no_grad():
         straight, turned = DynamicCache(config=model.config), DynamicCache(config=model.config)
         for c in (straight, turned):

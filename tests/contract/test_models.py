@@ -29,6 +29,8 @@ REFUSED = {
     ("deepseek-v3", "ems"): "caches one latent for all heads",
     ("gemma2", "gemfilter"): "use a model of full-attention layers",
     ("gemma3", "gemfilter"): "use a model of full-attention layers",
+    ("gemma2", "adore"): "use a model of full-attention layers",
+    ("gemma3", "adore"): "use a model of full-attention layers",
     ("deepseek-v3", "razorattention"): "caches one latent for all heads",
     ("deepseek-v3", "attention-gate"): "caches one latent for all heads",
     ("deepseek-v3", "duoattention"): "caches one latent for all heads",

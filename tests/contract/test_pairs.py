@@ -13,6 +13,7 @@ import torch
 
 import saccade
 from saccade.attach import Session
+from saccade.core import Rebuilding
 from saccade.methods import build
 from tests.contract.harness import METHODS, greedy, info, llama, opened, plan, sparse, tokens
 
@@ -78,6 +79,10 @@ def test_policies_in_a_row(a: str, b: str) -> None:
     if info(a).encodes or info(a).ragged:
         with pytest.raises(ValueError, match="put it last" if info(a).encodes else "does not leave"):
             build(row)
+        return
+    if issubclass(METHODS[a], Rebuilding):
+        with pytest.raises(ValueError, match="without other cache policies"):
+            saccade.attach(model, cache=row, plan=plans(sparse(a), sparse(b)))
         return
     dense = greedy(model, ids, 6)
     with saccade.attach(model, cache=f"{opened(a)}|{opened(b)}", plan=plans(opened(a), opened(b))):

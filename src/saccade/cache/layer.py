@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from saccade.cache.counted import CountedSegment
-from saccade.cache.rows import joined, padded_tail, row_of, row_of_rectangle
+from saccade.cache.rows import empty_tail, joined, padded_tail, row_of, row_of_rectangle, rows_of_segments
 from saccade.cache.segment import PackedSegment, Rectangle, Segment
 from saccade.cache.slots import Slots
 from saccade.cache.state import States
 from saccade.cache.tail import Tail
 from saccade.core import HeadLayout
+from saccade.parts.ragged import slots_of
 
 _BOUND = ("before_append", "after_crop", "leader")  # what ties a layer to an attached model and to its cache
 VISION = "vision"  # the side array that is 1 for tokens of images and video
@@ -64,6 +65,7 @@ class KVLayer(CacheLayerMixin):
         self._incoming: Tensor | None = None
         self._vision: Tensor | None = None
         self._places: tuple[Tensor, int, list[list[int]] | None, int] | None = None
+        self._back: Tensor | None = None
         self.is_initialized = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVLayer:
@@ -130,34 +132,57 @@ class KVLayer(CacheLayerMixin):
         """
         self._places = (places, n, missing, run)
 
+    def incoming(self, m: int, device: torch.device) -> Tensor:
+        """Places of the next m tokens, int32 `(B or 1, m)`."""
+        if self._places is not None:
+            return self._places[0] + self.seen
+        return torch.arange(self.seen, self.seen + m, device=device, dtype=torch.int32).unsqueeze(0)
+
+    def bring_back(self, places: Tensor) -> None:
+        """The next tokens begin with r that were dropped, at `places (B, r)` int32: they join the entries, and are not new."""
+        self._back = places
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store new keys and values `(B, H, m, ...)`.
 
         Returns all entries where they lie in one rectangle, else only the new ones (attention then reads the segments itself).
         """
         if self.before_append is not None:
-            self.before_append(key_states.shape[2])
+            self.before_append(key_states.shape[2] - (0 if self._back is None else self._back.shape[1]))
+        if self._back is not None:
+            key_states, value_states = self._insert(key_states, value_states)
         if self.tail is None:
             self.lazy_initialization(key_states, value_states)
         assert self.tail is not None
         m = key_states.shape[2]
         (real, vision), (self._incoming, self._vision) = (self._incoming, self._vision), (None, None)
-        placed, self._places = self._places, None
+        positions, placed, self._places = self.incoming(m, key_states.device), self._places, None
         missing = None if real is None else [(self.seen + (~row).nonzero().flatten()).tolist() for row in real]
         missing = missing if placed is None else placed[2]
         if missing is not None:
             self.states.split(key_states.shape[0])
             self._padding = [a + b for a, b in zip(self._padding or [[]] * len(missing), missing, strict=True)]
-        positions = torch.arange(self.seen, self.seen + m, device=key_states.device, dtype=torch.int32)
-        if placed is not None:
-            positions = placed[0].unsqueeze(1) + self.seen
-        self.tail.append(key_states, value_states, positions, real)
+        self.tail.append(key_states, value_states, positions.unsqueeze(1), real)
         if placed is not None:
             self.seen, self.tail.fresh = self.seen + placed[1] - m, placed[3]
         if vision is not None:
             self.tail.mark(VISION, vision)
         self.seen += m
         return (self.tail.keys, self.tail.values) if self.plain else (key_states, value_states)
+
+    def _insert(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in the tokens that are back; returns what comes after them."""
+        assert self._back is not None
+        (places, self._back), real, opened, r = (self._back, None), self._incoming, [], self._back.shape[1]
+        for row in self.rows():
+            slots, mine = self.open(row), slice(None) if row is None else slice(row, row + 1)
+            own = slice(r) if row is None or real is None else real[row, :r].nonzero().flatten()
+            where = places[mine, own].unsqueeze(1).expand(-1, slots.heads, -1)
+            slots.insert(keys[mine][:, :, own], values[mine][:, :, own], where)
+            opened.append((row, slots))
+        self.close(opened)
+        self._incoming = None if real is None or bool(real[:, r:].all()) else real[:, r:]
+        return keys[:, :, r:], values[:, :, r:]
 
     def get_seq_length(self) -> int:
         """Tokens seen; never the physical length."""
@@ -338,24 +363,14 @@ class KVLayer(CacheLayerMixin):
         packed = PackedSegment.pack(by_row)
         self.segments.append(packed)
         self.states.split(len(by_row))
-        empty = {name: x.new_empty(len(by_row), packed.heads, 0) for name, x in packed.side.items()}
-        shape = (len(by_row), packed.heads, 0)
-        self.tail = Tail(Rectangle(
-            packed.keys.new_empty(*shape, packed.keys.shape[-1]), packed.values.new_empty(*shape, packed.values.shape[-1]), empty
-        ))  # fmt: skip
+        self.tail = empty_tail(packed, len(by_row))
 
     # -- upkeep ------------------------------------------------------------------------------------------------------------
 
     def _take_rows(self, rows: Tensor) -> None:
         if self.tail is None:
             return
-        segments: list[Segment] = []
-        for segment in self.segments:
-            if segment.row is None:
-                segments.append(segment.take_rows(rows))
-            else:
-                segments.extend(segment.bound_to(new) for new, old in enumerate(rows.tolist()) if old == segment.row)
-        self.segments = segments
+        self.segments = rows_of_segments(self.segments, rows)
         self.tail = self.tail.take_rows(rows)
         self.states.take_rows(rows)
         self._padding = [self._padding[row] for row in rows.tolist()] if self._padding else []
@@ -368,16 +383,13 @@ class KVLayer(CacheLayerMixin):
         counts = stays.sum(-1)
         if bool((counts == counts.flatten()[0]).all()) and self.tail.real is None:
             slots = self.open() if self.plain else Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side))
-            # ascending slots that stay come first in a stable sort
-            slots.keep(torch.sort((~stays).to(torch.uint8), dim=-1, stable=True).indices[..., : int(counts.flatten()[0])])
+            slots.keep(slots_of(stays)[0])
             self.tail = Tail(slots.rectangle)
             return
         opened: list[tuple[int | None, Slots]] = []
         for row in range(stays.shape[0]):
             slots = self.open(row)
             here = slots.side["positions"] < position
-            here = here if slots.valid is None else here & slots.valid
-            order = torch.sort((~here).to(torch.uint8), dim=-1, stable=True).indices
-            slots.keep(order[..., : int(here.sum(-1).max())], here.sum(-1))
+            slots.keep(*slots_of(here if slots.valid is None else here & slots.valid))
             opened.append((row, slots))
         self.close(opened)

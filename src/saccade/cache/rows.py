@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.segment import Rectangle
+from saccade.cache.segment import PackedSegment, Rectangle, Segment
 from saccade.cache.tail import Tail
 
 
@@ -21,6 +21,24 @@ def padded_tail(rows: list[Rectangle]) -> Tail:
     lengths = torch.tensor([row.keys.shape[2] for row in rows], device=rows[0].keys.device)
     real = torch.arange(longest, device=lengths.device) >= (longest - lengths)[:, None]
     return Tail(Rectangle(stack([row.keys for row in rows]), stack([row.values for row in rows]), side), real)
+
+
+def empty_tail(packed: PackedSegment, rows: int) -> Tail:
+    """A tail of so many rows without entries, for what comes after ragged ones."""
+    shape = (rows, packed.heads, 0)
+    keys, values = (x.new_empty(*shape, x.shape[-1]) for x in (packed.keys, packed.values))
+    return Tail(Rectangle(keys, values, {name: x.new_empty(shape) for name, x in packed.side.items()}))
+
+
+def rows_of_segments(segments: list[Segment], rows: Tensor) -> list[Segment]:
+    """The segments of these batch rows; those of a single row go along with it."""
+    taken: list[Segment] = []
+    for segment in segments:
+        if segment.row is None:
+            taken.append(segment.take_rows(rows))
+        else:
+            taken.extend(segment.bound_to(new) for new, old in enumerate(rows.tolist()) if old == segment.row)
+    return taken
 
 
 def row_of(tail: Tail, row: int) -> Rectangle:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.core import Partial, merge
 from saccade.ops import attend, decode
+from saccade.parts.merging import LOG_WEIGHT
 
 CHUNK = 2048  # entries decoded at a time when a segment is read for attention
 
@@ -178,13 +179,17 @@ class PackedSegment(Segment):
         return (self if row is None else self.of_row(row)).attend(q, scale=scale, softcap=softcap)
 
     def of_row(self, row: int) -> PackedSegment:
-        """Keys and values of one batch row: a view, to be read and not kept."""
+        """Keys, values and weights of one batch row: a view, to be read and not kept."""
         first = row * self.heads
         begin, end = self.offsets[first], self.offsets[first + self.heads]
         offsets = [offset - begin for offset in self.offsets[first : first + self.heads + 1]]
-        return PackedSegment(self.keys[begin:end], self.values[begin:end], {}, offsets, self.heads)
+        side = {name: x[begin:end] for name, x in self.side.items() if name == LOG_WEIGHT}
+        return PackedSegment(self.keys[begin:end], self.values[begin:end], side, offsets, self.heads)
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
+        if LOG_WEIGHT in self.side and bool(self.side[LOG_WEIGHT].any()):
+            rows = [self._attend_weighted(q[b : b + 1], b, scale, softcap) for b in range(q.shape[0])]
+            return Partial(torch.cat([p.out for p in rows]), torch.cat([p.lse for p in rows if p.lse is not None]))
         parts = [
             decode(
                 q[:, :, i : i + 16], self.keys, self.values, offsets=self.offsets, kv_heads=self.heads, scale=scale,
@@ -193,3 +198,11 @@ class PackedSegment(Segment):
             for i in range(0, q.shape[2], 16)
         ]  # fmt: skip
         return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts if p.lse is not None], 2))
+
+    def _attend_weighted(self, q: Tensor, row: int, scale: float, softcap: float | None) -> Partial:
+        """One row whose entries have weights: its heads side by side, what they lack masked."""
+        part = self.read_row(row)
+        bias = part.side[LOG_WEIGHT]
+        bias = bias if part.valid is None else bias.masked_fill(~part.valid, -torch.inf)
+        bias = bias.repeat_interleave(q.shape[1] // self.heads, 1).unsqueeze(2)
+        return attend(q, part.keys, part.values, causal=False, scale=scale, softcap=softcap, bias=bias, return_lse=True)

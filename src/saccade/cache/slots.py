@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saccade.cache.counted import CountedSegment
 from saccade.cache.segment import Rectangle, Segment
+from saccade.parts.merging import LOG_WEIGHT
 from saccade.parts.rows import pick_rows
 
 
@@ -75,6 +76,25 @@ class Slots:
             self.keys, self.values = self._stored.keys, self._stored.values
         self.moved = True
 
+    def insert(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Entries that are back: keys, values `(B, heads, r, ...)` of tokens at `positions (B, heads, r)`; other side arrays get zeros.
+
+        Entries then lie in the order of their positions.
+        """
+        stored, new = self._stored, positions.new_zeros(positions.shape)
+        side = {name: torch.cat([x, (positions if name == "positions" else new).to(x.dtype)], 2) for name, x in self.side.items()}
+        valid = None if stored.valid is None else torch.cat([stored.valid, torch.ones_like(positions, dtype=torch.bool)], 2)
+        places = side["positions"]
+        # gaps stay at the end
+        places = places if valid is None else places.masked_fill(~valid, torch.iinfo(places.dtype).max)
+        order = torch.sort(places, dim=-1, stable=True).indices
+        self.side = {name: torch.gather(x, 2, order) for name, x in side.items()}
+        self.keys, self.values = (
+            pick_rows(torch.cat([old, more], 2), order) for old, more in ((stored.keys, keys), (stored.values, values))
+        )
+        self._stored = Rectangle(self.keys, self.values, self.side, None if valid is None else torch.gather(valid, 2, order))
+        self.moved = True
+
     def rewrite(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         """Replace the stored keys, or values, or both by others of the same shape (merged, or turned to other positions)."""
         stored = self._stored
@@ -94,6 +114,8 @@ class Slots:
             raise ValueError(f"seal({n}) with a segment of {segment.length} entries over {self.length}: the numbers must agree")
         if self.keys is not self._stored.keys:
             raise ValueError("a layer that caches latents can't be encoded entry by entry")
+        if LOG_WEIGHT in self.side and bool(self.side[LOG_WEIGHT][:, :, :n].any()):
+            raise ValueError("entries that stand for several tokens can't be encoded with their weights: leave count weights off")
         self.side = {name: x[:, :, n:].clone() for name, x in self.side.items()}
         keys, values = self._stored.keys[:, :, n:].clone(), self._stored.values[:, :, n:].clone()
         left = None if self.valid is None else self.valid[:, :, n:]

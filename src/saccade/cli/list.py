@@ -9,7 +9,7 @@ import typer
 
 from saccade.catalog import FAMILIES, STATUSES, Row, catalog
 
-PHASES = ("prefill", "decode", "cache")
+PHASES = ("prefill", "decode", "cache", "mixer")
 NEEDS = ("nothing", "queries", "weights", "hidden", "calibration", "training")
 
 

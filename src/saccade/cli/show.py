@@ -64,6 +64,8 @@ def _fields(cls: type) -> list[dict[str, str]]:
 
 def _usage(page: dict[str, Any]) -> list[str]:
     slug, phase = page["slug"], page["phase"]
+    if phase == "mixer":
+        return [f'layer = saccade.mixer("{slug}", dim=512, heads=8); y, state = layer(x)']
     attached = f'with saccade.attach(model, {phase}="{slug}"): model.generate(**inputs)'
     if "calibration" in page["needs"]:
         attached = attached.replace('")', '", plan=plan)')

@@ -13,9 +13,11 @@ from saccade.core.method import (
     Method,
     Prefill,
     PromptReduction,
+    Rebuilding,
     StoredKV,
     register,
 )
+from saccade.core.mixer import Alignment, Call, Mixer, MixerShape, MixerState, TokenMixer
 from saccade.core.partial import Partial, merge
 from saccade.core.plan import Plan, fingerprint
 from saccade.core.selection import Selection
@@ -23,9 +25,11 @@ from saccade.core.spec import format_spec, parse_spec, split_top_level
 
 __all__ = [
     "REGISTRY",
+    "Alignment",
     "Budget",
     "CachePolicy",
     "Calibrated",
+    "Call",
     "Decode",
     "HeadLayout",
     "Info",
@@ -33,15 +37,20 @@ __all__ = [
     "LayerContext",
     "Mass",
     "Method",
+    "Mixer",
+    "MixerShape",
+    "MixerState",
     "Partial",
     "Phase",
     "Plan",
     "Prefill",
     "PromptReduction",
+    "Rebuilding",
     "Rotary",
     "Selection",
     "StoredKV",
     "Threshold",
+    "TokenMixer",
     "check_attention_inputs",
     "fingerprint",
     "format_spec",

@@ -14,7 +14,7 @@ from saccade.core.partial import Partial
 from saccade.core.plan import Plan
 from saccade.core.selection import Selection
 
-Phase = Literal["prefill", "decode", "cache"]
+Phase = Literal["prefill", "decode", "cache", "mixer"]
 Attend = Callable[..., Tensor]  # (q, k, v, selection or None, **options)
 AttendPartial = Callable[..., Partial]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from saccade.core.context import LayerContext, Phase
+from saccade.core.plan import Plan
 from saccade.core.selection import Selection
 from saccade.core.spec import format_spec
 
@@ -27,7 +28,8 @@ class Info:
     encodes: whether it stores entries in another form than full precision. ragged: whether it leaves heads with different numbers
     of entries. frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
     causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
-    tiny: fields for short test sequences. opts_out: contract axis to the reason why it does not hold for this method.
+    tiny: fields for short test sequences. variants: further settings that the mixers' contract tries. opts_out: contract
+    axis to the reason why it does not hold for this method.
     """
 
     slug: str
@@ -41,6 +43,7 @@ class Info:
     causality: Literal["causal", "streaming", "bidirectional"] = "causal"
     opened: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    variants: Sequence[Mapping[str, Any]] = ()
     opts_out: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -140,7 +143,8 @@ class StoredKV(Protocol):
     """The entries of one cache layer as a cache policy sees them: same slots in every tensor, oldest first.
 
     keys `(B, Hk, n, D)`, values `(B, Hk, n, Dv)` as attention sees them; heads: how many heads are stored (Hk, or 1 where a
-    model stores one latent for all); side: per-slot arrays `(B, heads, n)` that follow the entries ("positions" is always there);
+    model stores one latent for all); side: per-slot arrays `(B, heads, n)` that follow the entries ("positions" is always there;
+    "log_weight", where a policy sets it, is added to the logits of entries that stand for several tokens);
     counted: the segment that stands for dropped tokens, None without one, to be replaced (`saccade.cache.counted`).
     """
 
@@ -172,7 +176,7 @@ class StoredKV(Protocol):
 class CachePolicy(Method):
     """Makes the stored cache smaller: drops, merges or re-encodes entries."""
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         """After each attention call: q `(B, Hq, m, D)` are its queries, whose own keys are the last m entries of kv."""
 
     @abstractmethod
@@ -182,6 +186,24 @@ class CachePolicy(Method):
     def due(self, ctx: LayerContext, length: int) -> bool:
         """Whether to compress after this decoding step, with `length` entries stored in full precision. Default: never."""
         return False
+
+
+class Rebuilding(CachePolicy):
+    """A cache policy that brings dropped tokens back: before a call, tokens it asks for run again, each at its own place, together with
+    the new ones. What they leave in every layer is then kept or dropped like any other entry. All layers and heads hold the same tokens.
+
+    A sequence's state, `ctx.sequence`, knows the tokens read so far: PLACES `(B, n)` int32, their places as in `kv.side["positions"]`.
+    """
+
+    PLACES: ClassVar[str] = "places read"
+
+    @abstractmethod
+    def recall(self, sequence: dict[str, Any], plan: Plan | None, x: Tensor, held: Tensor) -> Tensor:
+        """Which tokens run again beside new ones with input embeddings x `(B, m, C)`: int64 `(B, r)` ascending, of those not `held`.
+
+        held: bool `(B, n)`, which of the n tokens before are in the cache; n may be less than last time, where tokens were taken back.
+        Called once before each call, the prompt's included.
+        """
 
 
 class Calibrated(Method):

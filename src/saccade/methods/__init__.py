@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from saccade.catalog import catalog, nearest
-from saccade.core import REGISTRY, CachePolicy, Method, parse_spec, split_top_level
+from saccade.core import REGISTRY, CachePolicy, Method, Mixer, MixerShape, TokenMixer, parse_spec, split_top_level
 
-__all__ = ["build", "build_combination", "complete", "joined", "load", "load_all"]
+__all__ = ["build", "build_combination", "build_mixer", "complete", "joined", "load", "load_all", "mixer"]
 
 
 def load(slug: str) -> type[Method]:
@@ -41,6 +41,41 @@ def build(method: str | Method) -> Method:
         return joined([build(part) for part in parts])
     slug, given = parse_spec(method)
     return load(slug).from_fields(given)
+
+
+def build_mixer(spec: str | Mixer) -> Mixer:
+    """A Mixer from a spec such as `"deltanet(conv=3)"`, or several that run side by side from `"softmax(window=64) & deltanet"`.
+
+    ValueError for methods of other kinds.
+    """
+    if isinstance(spec, str) and len(parts := split_top_level(spec, "&")) > 1:
+        from saccade.methods.parallel import Parallel
+
+        return Parallel(branches=tuple(build_mixer(part) for part in parts))
+    method = build(spec)
+    if not isinstance(method, Mixer):
+        raise ValueError(
+            f"{method.info.slug} acts on the {method.info.phase} phase of a trained model and is no mixer: `saccade.attach` takes it"
+        )
+    return method
+
+
+def mixer(
+    spec: str | Mixer, *, dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None, layer: int = 0, layers: int = 1,
+    max_length: int | None = None,
+) -> TokenMixer:  # fmt: skip
+    """A trainable layer over tokens `(B, N, dim)`: `mixer("deltanet", dim=1024, heads=8)`.
+
+    spec: a mixer by name with its fields; several joined by & run side by side on the same tokens. kv_heads: key/value heads (default:
+    heads). head_dim: channels of a head (default: dim / heads). layer, layers: where it stands, for what changes with depth. max_length:
+    for methods whose parameters have one row per position.
+    `y, state = layer(x)` and `y, state = layer(next_x, state)`; see `saccade.core.TokenMixer`. Raises ValueError for unknown names, for
+    methods that are no mixers and for sizes that don't fit.
+    """
+    shape = MixerShape(
+        dim=dim, heads=heads, kv_heads=kv_heads or 0, head_dim=head_dim or 0, layer=layer, layers=layers, max_length=max_length
+    )
+    return build_mixer(spec).module(shape)
 
 
 def joined(policies: Sequence[Method]) -> Method:

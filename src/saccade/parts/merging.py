@@ -21,6 +21,7 @@ from saccade.parts.ragged import slots_of
 from saccade.parts.rows import pick_rows
 
 COUNT = "count"  # the side array of how many tokens an entry stands for; 0 for an entry that no merge has met, which is 1
+LOG_WEIGHT = "log_weight"  # the side array, in float32 or float64, of what full attention adds to an entry's logit, after a softcap
 PAIRS = 1 << 22  # similarities that are held at a time
 
 
@@ -144,12 +145,17 @@ def fold_directions(x: Tensor, into: Tensor, weights: Tensor) -> Tensor:
     return torch.where(alone.unsqueeze(-1), x, merged.to(x.dtype))
 
 
-def merge_entries(kv: StoredKV, into: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store folded keys and values, count the tokens that each survivor now stands for, and keep the survivors."""
+def merge_entries(kv: StoredKV, into: Tensor, keys: Tensor, values: Tensor, *, weigh: bool = False) -> None:
+    """Store folded keys and values, count the tokens that each survivor now stands for, and keep the survivors.
+
+    weigh: a survivor enters the softmax as many times as it has tokens, its logit + log(count).
+    """
     known = kv.side.get(COUNT)
     counts = torch.ones_like(into, dtype=torch.int32) if known is None else known.clamp(min=1)
     kv.rewrite(keys=keys, values=values)
-    kv.side[COUNT] = class_sums(counts, into)
+    kv.side[COUNT] = counts = class_sums(counts, into)
+    if weigh:
+        kv.side[LOG_WEIGHT] = counts.to(torch.promote_types(keys.dtype, torch.float32)).log()
     kv.keep(*slots_of(_survivors(into)))
 
 

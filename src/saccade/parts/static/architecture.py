@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
 
 from torch import Tensor
 
@@ -47,11 +46,8 @@ class StaticArchitecture(Prefill, Decode, CachePolicy):
             ctx.publish(selection)
         return ctx.attend(q, k, v, selection)
 
-    def observe(self, ctx: LayerContext, *given: Any) -> None:
-        """As a cache policy (kv, q): note where new entries stand. As a decode method (k, v, start): nothing, there is no index."""
-        if ctx.phase == "cache":
-            kv, q = given
-            note_places(ctx, kv, q.shape[2])
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+        note_places(ctx, kv, q.shape[2])
 
     def due(self, ctx: LayerContext, length: int) -> bool:
         # entries go block by block: when a step has filled one up, or guesses that were taken back had

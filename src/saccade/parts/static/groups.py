@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.core import HeadLayout, Selection
+from saccade.core import HeadLayout, LayerContext, Prefill, Selection
 from saccade.parts.static.compiled import compile_pattern
+from saccade.parts.static.decoder import check_sizes
 from saccade.parts.static.pattern import Pattern, group, since, sink
 
 Attend = Callable[[Tensor, Tensor, Tensor, None], Tensor]
@@ -127,6 +128,53 @@ class Groups:
             else:
                 found.append(piece)
         return found
+
+
+class GroupedPrefill(Prefill):
+    """A prefill method that attends in groups while a model is trained, and leaves single tokens to dense attention.
+
+    Its fields: groups, how many a sequence is cut into, or group, their tokens; shifted, the share of the query heads, the last ones, whose
+    groups are shifted; wrapped and sinks as in `Groups`.
+    """
+
+    groups: int
+    group: int | None
+    shifted: float
+    wrapped: bool
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        slug = self.info.slug
+        check_sizes(slug, groups=self.groups, group=1 if self.group is None else self.group)
+        if isinstance(self.shifted, bool) or not isinstance(self.shifted, int | float) or not 0 <= self.shifted <= 1:
+            raise ValueError(f"{slug}(shifted={self.shifted!r}) is not a share of heads between 0 and 1")
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"{slug}(sinks={self.sinks!r}) is not a whole number of at least 0")
+
+    def cut(self, n: int, layout: HeadLayout) -> Groups:
+        """The groups of a sequence of n tokens."""
+        size = self.group or math.ceil(n / self.groups)
+        return Groups(size, round(self.shifted * layout.query_heads), self.sinks, self.wrapped)
+
+    def pattern(self, n: int, layout: HeadLayout) -> Pattern:
+        """The keys that each head reads in a sequence of n tokens."""
+        return self.cut(n, layout).pattern(n, layout)
+
+    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
+        layout = HeadLayout.of(q, k, v)
+        return self.cut(k.shape[2], layout).select(q.shape[2], k.shape[2], layout, q.device)
+
+    def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] == 1:
+            return ctx.attend(q, k, v, None)
+        return self.cut(k.shape[2], HeadLayout.of(q, k, v)).attend(q, k, v, ctx.attend)
+
+
+# why what attends in groups opts out of parts of a sequence
+IN_PARTS = {
+    "chunked": "a group is a share of the whole sequence, of which a chunk knows what has come so far",
+    "stepwise": "single tokens are decoded densely, as the tuned model attends; groups are for training on whole sequences",
+}
 
 
 def _split(x: Tensor, count: int) -> Tensor:

@@ -1,0 +1,82 @@
+"""Makes `AutoConfig` and `AutoModelForCausalLM` know saccade's models, without importing transformers before its user does.
+
+`watch` registers at once what can be; else it leaves a finder on `sys.meta_path` that waits for transformers' own modules and looks for
+nothing else. The models are made of `PreTrainedModel`, whose module may import that of the auto classes or the other way round, so
+they are registered when both have run.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_CONFIGS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+_BASE = "transformers.modeling_utils"
+_OURS = "saccade.models.decoder.model"
+
+
+def watch() -> None:
+    """Register now, or as soon as transformers' auto classes are imported."""
+    register()
+    if not (_has(_MODELS, "AutoModelForCausalLM") and _has(_BASE, "PreTrainedModel")):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _has(name: str, attribute: str) -> bool:
+    """Whether a module has run, as far as one of its classes."""
+    return hasattr(sys.modules.get(name), attribute)
+
+
+def register() -> None:
+    """Whatever can be registered by now."""
+    if _has(_CONFIGS, "AutoConfig"):
+        from saccade.models.decoder.config import SaccadeConfig
+
+        sys.modules[_CONFIGS].AutoConfig.register(SaccadeConfig.model_type, SaccadeConfig, exist_ok=True)
+    half_way = _OURS in sys.modules and not _has(_OURS, "SaccadeForCausalLM")  # being imported: it registers at its end
+    if _has(_MODELS, "AutoModelForCausalLM") and _has(_BASE, "PreTrainedModel") and not half_way:
+        from saccade.models.decoder.config import SaccadeConfig
+        from saccade.models.decoder.model import SaccadeForCausalLM, SaccadeModel
+
+        auto = sys.modules[_MODELS]
+        auto.AutoModelForCausalLM.register(SaccadeConfig, SaccadeForCausalLM, exist_ok=True)
+        auto.AutoModel.register(SaccadeConfig, SaccadeModel, exist_ok=True)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self) -> None:
+        self.searching: set[str] = set()
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname not in (_CONFIGS, _MODELS, _BASE) or fullname in self.searching:
+            return None
+        self.searching.add(fullname)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.searching.discard(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    """Runs a module as its own loader does, then registers."""
+
+    def __init__(self, own: Loader) -> None:
+        self.own = own
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.own.exec_module(module)
+        register()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)

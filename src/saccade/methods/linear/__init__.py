@@ -1,0 +1,1 @@
+"""Linear attention: recurrences and what they are joined with."""
