@@ -84,7 +84,7 @@ class Counting(CachePolicy):
 
     info = Info(slug="counting", phase="cache")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         shape = (kv.keys.shape[0],)
         ctx.sequence["tokens"] = ctx.sequence.get("tokens", torch.zeros(shape)) + q.shape[2]
         ctx.sequence.setdefault("layers", []).append(ctx.layer)

@@ -31,6 +31,8 @@ def test_attention_refuses_what_needs_a_model() -> None:
     with pytest.raises(ValueError, match=r"there is no method 'snapkw': did you mean snapkv"):
         saccade.attention(q, k, v, method="snapkw")
     with pytest.raises(ValueError, match="planned but not built"):
+        saccade.attention(q, k, v, method="nsa")
+    with pytest.raises(ValueError, match=r"saccade\.mixer"):
         saccade.attention(q, k, v, method="kimi-linear")
     with pytest.raises(ValueError, match="multiple of the key/value heads"):
         saccade.attention(q[:, :5], k, v)

@@ -31,7 +31,7 @@ class Watch(CachePolicy):
     info = Info(slug="watch", phase="cache", frees_memory=True)
     seen_queries = []  # noqa: RUF012 (filled by the test)
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: torch.Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: torch.Tensor) -> None:
         self.seen_queries.append((ctx.layer, q.clone(), kv.keys.shape, kv.heads))
 
     def compress(self, ctx: LayerContext, kv: StoredKV) -> None:

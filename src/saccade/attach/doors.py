@@ -12,7 +12,19 @@ from transformers import PreTrainedModel
 from saccade.attach.calls import attention_calls
 from saccade.attach.models import attention_modules
 from saccade.attach.session import _SESSIONS, Session
-from saccade.core import CachePolicy, Decode, LayerContext, Method, Phase, Plan, Prefill, PromptReduction, Selection, check_attention_inputs
+from saccade.core import (
+    CachePolicy,
+    Decode,
+    LayerContext,
+    Method,
+    Mixer,
+    Phase,
+    Plan,
+    Prefill,
+    PromptReduction,
+    Selection,
+    check_attention_inputs,
+)
 from saccade.methods import build, complete
 
 PlanLike = Plan | str | Path
@@ -105,6 +117,8 @@ def attention(
             return run(q, k, v, None)
         chosen.observe(ctx, k, v, 0)
         return chosen.attend(ctx, q, k, v)
+    if isinstance(chosen, Mixer):
+        raise ValueError(f"{chosen.info.slug} is a layer with weights: make it with saccade.mixer({chosen.spec!r}, dim=, heads=)")
     raise ValueError(f"{chosen.info.slug} changes a model's cache: use saccade.attach(model, cache={chosen.spec!r})")
 
 

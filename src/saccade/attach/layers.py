@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,28 +11,14 @@ import torch
 from torch import Tensor
 
 from saccade.attach.calls import attention_calls
+from saccade.attach.layercall import LayerCall, between_calls, hidden_of, row_of_call, rows_of, scatter
+from saccade.attach.reading import by_row, read_segment, read_tail, tail_weights
 from saccade.attach.stats import LayerStats, computed_pairs
 from saccade.cache import CallFacts, KVLayer, PackedSegment, Segment, Slots
-from saccade.cache.segment import attend_rectangle
 from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Phase, Plan, Prefill, Rotary, Selection, merge
-from saccade.ops import attend, decode
+from saccade.parts.merging import LOG_WEIGHT
 
 STEP_QUERIES = 16  # calls of up to this many queries on a filled cache are decoding (single steps or verified guesses)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCall:
-    """q `(B, Hq, m, D)`; k, v: what the model passed (all entries, or the new ones where the cache is not one rectangle).
-    real `(B, m)` marks new tokens that are not padding, None for all. shared: across the layers of this forward pass."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    softcap: float | None
-    real: Tensor | None
-    shared: dict[str, Any]
-    hidden: Tensor | None = None  # the layer's inputs (B, m, C), where a method reads them
 
 
 @dataclass(kw_only=True)
@@ -51,8 +39,11 @@ class LayerRunner:
 
     def run(self, call: LayerCall, layer: KVLayer | None) -> Tensor:
         """Attention output `(B, Hq, m, Dv)`; the new tokens are already stored."""
+        if layer is not None and call.again is not None:
+            again, new = call.parted()
+            return torch.cat([self._run_again(again, layer), self.run(new, layer)], dim=2)
         if layer is None:
-            rows = _rows(call.q.shape[0], call.real is not None)
+            rows = rows_of(call.q.shape[0], call.real is not None)
             parts = [self._without_cache(call, row) for row in rows]
         else:
             layer.facts = CallFacts(layout=HeadLayout.of(call.q, call.k, call.v), scale=call.scale, softcap=call.softcap)
@@ -65,19 +56,19 @@ class LayerRunner:
         return out
 
     def _without_cache(self, call: LayerCall, row: int | None) -> Tensor:
-        q, k, v, real = _row_of_call(call, row)
+        q, k, v, real = row_of_call(call, row)
         ctx = self._context(call, row, None, seen=k.shape[2], phase="prefill")
         out = self._many(ctx, q, k, v, [])
-        return _scatter(out, real, call.q.shape[2])
+        return scatter(out, real, call.q.shape[2])
 
     def _with_cache(self, call: LayerCall, layer: KVLayer, row: int | None) -> Tensor:
-        q, _, _, real = _row_of_call(call, row, queries_only=True)
+        q, _, _, real = row_of_call(call, row, queries_only=True)
         m = q.shape[2]
         if m == 0:
             return call.q.new_zeros(1, call.q.shape[1], call.q.shape[2], call.v.shape[-1])
         owner = self.policy is not None and self.policy in (self.prefill, self.decode)  # of the sealed segments
         if row is not None and owner:
-            layer.segments = _by_row(layer.segments, len(layer.lengths()))
+            layer.segments = by_row(layer.segments, len(layer.lengths()))
         segments = [s for s in layer.segments if s.row is None or s.row == row]
         k, v = self._entries(call, layer, row)
         first = layer.physical == call.q.shape[2]
@@ -95,8 +86,33 @@ class LayerRunner:
                 raise ValueError(f"{method.info.slug} needs heads that hold equally many entries, which this cache policy does not keep")
             k, v, segments = joined.keys, joined.values, [s for s in segments if s.encoded]
         few = phase == "decode"
-        out = self._few(ctx, layer, q, k, v, segments, row) if few else self._many(ctx, q, k, v, segments, row)
-        return _scatter(out, real, call.q.shape[2])
+        weights = tail_weights(layer, row)
+        if few and self.decode is not None and layer.tail is not None and LOG_WEIGHT in layer.tail.side:
+            slug = self.decode.info.slug
+            raise ValueError(f"{slug} reads entries that stand for several tokens as if each were one: leave count weights off")
+        out = self._few(ctx, layer, q, k, v, segments, row, weights) if few else self._many(ctx, q, k, v, segments, row, weights)
+        return scatter(out, real, call.q.shape[2])
+
+    def _run_again(self, call: LayerCall, layer: KVLayer) -> Tensor:
+        """Tokens that were dropped and are back: each attends to all entries up to its own place."""
+        assert call.again is not None
+        wide, parts = self._wide(call, layer), []
+        for row in layer.rows():
+            self._forget_index(layer, row)
+            slots = self._open(layer, row, wide)
+            q, *_, real = row_of_call(call, row, queries_only=True)
+            places = call.again if row is None else call.again[row : row + 1]
+            places = places if real is None else places[:, real]
+            positions = slots.side["positions"].long()
+            if slots.valid is not None:
+                positions = positions.masked_fill(~slots.valid, layer.seen)
+            ctx = self._context(call, row, layer, seen=layer.seen, phase="decode")
+            if q.shape[2]:
+                out = ctx.attend(q, slots.keys, slots.values, None, q_positions=places.unsqueeze(1), k_positions=positions)
+            else:
+                out = q.new_zeros(*q.shape[:3], slots.values.shape[-1])
+            parts.append(scatter(out, real, call.q.shape[2]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _entries(self, call: LayerCall, layer: KVLayer, row: int | None) -> tuple[Tensor, Tensor]:
         """Full-precision entries of the tail as attention sees them, without padding."""
@@ -112,13 +128,14 @@ class LayerRunner:
         return part.keys, part.values
 
     def _many(
-        self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None = None
-    ) -> Tensor:
+        self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """A prompt, a chunk of one, or a later turn."""
         own = self.prefill is not None and self.prefill == self.policy and q.shape[2] > 1
-        if segments and not own:
-            parts = [_read_segment(s, q, row, ctx) for s in segments]
-            parts.append(attend(q, k, v, scale=ctx.scale, softcap=ctx.softcap, return_lse=True))
+        if (segments or weights is not None) and not own:
+            parts = [read_segment(s, q, row, ctx) for s in segments]
+            parts.append(read_tail(ctx, q, k, v, weights, return_lse=True))
             self._count(self.stats.prefill, None, q.shape[2], k.shape[2], ctx.seen, sum(s.length for s in segments))
             return merge(*parts).out
         # a method may attend in several passes: what dense attention would have computed counts once
@@ -128,16 +145,16 @@ class LayerRunner:
         return self.prefill.attend(replace(ctx, segments=segments), q, k, v)
 
     def _few(
-        self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None
-    ) -> Tensor:
+        self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], row: int | None,
+        weights: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Decoding: single steps, or a few guessed tokens to be verified, each handled as if it had come alone."""
         m, n = q.shape[2], k.shape[2]
         if self.decode is None or (segments and self.decode != self.policy):
             sealed = sum(s.length for s in segments)
-            parts = [_read_segment(s, q, row, ctx) for s in segments]
+            parts = [read_segment(s, q, row, ctx) for s in segments]
             if not segments or n:
-                own = _tail_attention(ctx, q, k, v, return_lse=bool(segments))
-                parts.append(own)
+                parts.append(read_tail(ctx, q, k, v, weights, return_lse=bool(segments)))
             for i in range(m):
                 self._count(self.stats.decode, None, 1, n - m + i + 1, ctx.seen - m + i + 1, sealed)
             return (merge(*parts) if segments else parts[0]).out
@@ -200,12 +217,12 @@ class LayerRunner:
         wide = self._wide(call, layer)
         opened = []
         # to open ragged storage is to copy it: only for policies that look
-        for row in rows if type(self.policy).observe not in (CachePolicy.observe, Decode.observe) else []:
-            q, *_ = _row_of_call(call, row, queries_only=True)
+        for row in rows if type(self.policy).watch is not CachePolicy.watch else []:
+            q, *_ = row_of_call(call, row, queries_only=True)
             slots = self._open(layer, row, wide)
             if q.shape[2]:
                 ctx = self._context(call, row, layer, seen=layer.seen, phase="cache")
-                self.policy.observe(ctx, slots, q)
+                self.policy.watch(ctx, slots, q)
             opened.append((row, slots))
         if opened:
             layer.close(opened)
@@ -246,13 +263,17 @@ class LayerRunner:
             opened.append((row, slots))
         moved = any(slots.moved for _, slots in opened)
         layer.close(opened)
-        if moved and self.decode is not None:
-            # slots have moved: the index is made again from what is left
+        if moved:
             for row in layer.rows():
-                layer.states.get("decode", row).clear()
-                layer.states.get("observed", row).clear()
+                self._forget_index(layer, row)
         self.stats.compressions += 1
         self._snapshot(layer)
+
+    def _forget_index(self, layer: KVLayer, row: int | None) -> None:
+        """Slots have moved: a decode method's index is made again from what is there."""
+        if self.decode is not None:
+            layer.states.get("decode", row).clear()
+            layer.states.get("observed", row).clear()
 
     def _wide(self, call: LayerCall, layer: KVLayer) -> tuple[Tensor, Tensor] | None:
         """Expanded keys and values where the model stores latents, else None."""
@@ -271,12 +292,28 @@ class LayerRunner:
             k, v = (x[row : row + 1] if real is None else x[row : row + 1][:, :, real[row]] for x in wide)
         return Slots(slots.rectangle, k, v)
 
+    # -- for those who run the model in parts ------------------------------------------------------------------------------
+
+    @contextmanager
+    def densely(self) -> Iterator[None]:
+        """Inside the block calls on a filled cache run with full attention, and no decode or cache method takes notice of them."""
+        decode, policy = self.decode, self.policy
+        self.decode = self.policy = None
+        try:
+            yield
+        finally:
+            self.decode, self.policy = decode, policy
+
+    def prompt_context(self, call: LayerCall, row: int | None, seen: int) -> LayerContext:
+        """What a method may know of the first `seen` tokens of a prompt, before anything is stored."""
+        return self._context(call, row, None, seen=seen, phase="prefill")
+
     # -- context and counts ------------------------------------------------------------------------------------------------
 
     def _context(
         self, call: LayerCall | None, row: int | None, layer: KVLayer | None, *, seen: int, phase: Phase
     ) -> LayerContext:
-        call = call or _between_calls(layer)
+        call = call or between_calls(layer)
         layout = HeadLayout.of(call.q, call.k, call.v)
         method = {"prefill": self.prefill, "decode": self.decode, "cache": self.policy}[phase]
         real_seen = seen if layer is None or row is None else layer.real_seen(row)
@@ -299,7 +336,7 @@ class LayerRunner:
         return LayerContext(
             layer=self.layer, layers=self.layers, layout=layout, scale=call.scale, softcap=call.softcap, attend=run,
             partial=partial, phase=phase, count=lambda computed: pairs.add(computed, 0), seen=real_seen, tokens=real_seen,
-            hidden=_hidden_of(call, row),
+            hidden=hidden_of(call, row),
             plan=None if method is None else self.plans.get(method.info.slug), plans=self.plans,
             state={} if layer is None else layer.states.get(phase, row), shared=call.shared.setdefault(f"row {row}", {}),
             sequence={} if layer is None else layer.sequence(row), seed=self.seed, rotary=self.rotary,
@@ -315,78 +352,6 @@ class LayerRunner:
         self.stats.host_bytes = layer.host_bytes
 
 
-def _between_calls(layer: KVLayer | None) -> LayerCall:
-    """What a method may know while no attention call runs: that of the layer's last one, without its tokens."""
-    assert layer is not None and layer.facts is not None and layer.tail is not None
-    (layout, scale, softcap), batch = (layer.facts.layout, layer.facts.scale, layer.facts.softcap), layer.tail.keys.shape[0]
-    heads = ((layout.query_heads, layout.head_dim), (layout.kv_heads, layout.head_dim), (layout.kv_heads, layout.value_dim))
-    q, k, v = (layer.tail.keys.new_empty(batch, count, 0, dim) for count, dim in heads)
-    return LayerCall(q=q, k=k, v=v, scale=scale, softcap=softcap, real=None, shared={})
-
-
 def _visible(n_q: int, seen: int) -> float:
     """Pairs that dense attention computes for the last n_q of `seen` tokens."""
     return n_q * seen - n_q * (n_q - 1) / 2
-
-
-def _rows(batch: int, padded: bool) -> list[int | None]:
-    """Rows differ by padding: one after the other, so that each sees its own tokens only. Else all at once."""
-    return list(range(batch)) if padded else [None]
-
-
-def _row_of_call(call: LayerCall, row: int | None, *, queries_only: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v of one row without its padding, and which of the call's tokens are real."""
-    if row is None:
-        return call.q, call.k, call.v, None
-    mine = slice(row, row + 1)
-    real = None if call.real is None else call.real[row]
-    q, k, v = call.q[mine], call.k[mine], call.v[mine]
-    if real is None:
-        return q, k, v, None
-    if queries_only:
-        return q[:, :, real], k, v, real
-    return q[:, :, real], k[:, :, real], v[:, :, real], real
-
-
-def _hidden_of(call: LayerCall, row: int | None) -> Tensor | None:
-    """The layer's inputs of one row without its padding, or of all rows."""
-    if call.hidden is None or row is None:
-        return call.hidden
-    mine = call.hidden[row : row + 1]
-    return mine if call.real is None else mine[:, call.real[row]]
-
-
-def _scatter(out: Tensor, real: Tensor | None, m: int) -> Tensor:
-    """Put a row's outputs back among its padding, which gives 0."""
-    if real is None:
-        return out
-    full = out.new_zeros(*out.shape[:2], m, out.shape[-1])
-    full[:, :, real] = out
-    return full
-
-
-def _by_row(segments: list[Segment], rows: int) -> list[Segment]:
-    """Encoded segments of all rows as one for each row: rows are run one by one from now on."""
-    split: list[Segment] = []
-    for segment in segments:
-        if segment.row is not None or not segment.encoded:
-            split.append(segment)
-            continue
-        for row in range(rows):
-            part = segment.take_rows(torch.tensor([row]))
-            part.row = row
-            split.append(part)
-    return split
-
-
-def _read_segment(segment: Segment, q: Tensor, row: int | None, ctx: LayerContext) -> Partial:
-    return segment.attend_row(q, row, scale=ctx.scale, softcap=ctx.softcap)
-
-
-def _tail_attention(ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Partial:
-    """The newest m tokens over the tail: causal among themselves."""
-    if q.shape[2] == 1 and not return_lse:
-        return decode(q, k, v, scale=ctx.scale, softcap=ctx.softcap)
-    if q.shape[2] == 1:
-        return attend_rectangle(q, k, v, scale=ctx.scale, softcap=ctx.softcap)
-    return attend(q, k, v, scale=ctx.scale, softcap=ctx.softcap, return_lse=return_lse)

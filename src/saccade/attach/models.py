@@ -67,6 +67,11 @@ def check_methods(model: PreTrainedModel, methods: dict[str, Method | None]) -> 
     """ValueError when a method sits in the wrong place or can't work on this model."""
     kinds: dict[str, tuple[type[Method], ...]] = {"prefill": (Prefill, PromptReduction), "decode": (Decode,), "cache": (CachePolicy,)}
     for place, method in methods.items():
+        if method is not None and method.info.phase == "mixer":
+            raise ValueError(
+                f"{method.info.slug} is a layer that is trained, not a method to attach: make it with saccade.mixer({method.spec!r}, dim=, "
+                "heads=), or a model of such layers with SaccadeConfig"
+            )
         if method is not None and not isinstance(method, kinds[place]):
             raise ValueError(f"{method.info.slug} acts on the {method.info.phase} phase: pass it as {method.info.phase}=, not {place}=")
     policy, decode = methods.get("cache"), methods.get("decode")

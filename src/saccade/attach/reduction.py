@@ -7,14 +7,15 @@ keeps the places of the chosen ones, so `generate` goes on as after any prompt; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from saccade.attach.layers import LayerCall, LayerRunner
+from saccade.attach.layercall import LayerCall
+from saccade.attach.layers import LayerRunner
 from saccade.attach.models import managed_layers, text_config
 from saccade.cache import KVLayer
 from saccade.core import PromptReduction
@@ -95,7 +96,7 @@ class Reducer:
             own = slice(None) if row is None else slice(row, row + 1)
             q, k = (x[own] if at is None else x[own][:, :, at] for x in (call.q, call.k))
             end = k.shape[2] - wanted + 1
-            ctx = first._context(LayerCall(**{**vars(call), "q": q, "k": k, "v": k}), row, None, seen=end, phase="prefill")
+            ctx = first.prompt_context(replace(call, q=q, k=k, v=k), row, end)
             ids = self.method.choose(ctx, q[:, :, :end], k[:, :, :end])
             tail = torch.arange(end, k.shape[2], device=ids.device).expand(ids.shape[0], -1)
             for one in torch.cat([ids, tail], 1):

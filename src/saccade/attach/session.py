@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from saccade.attach.layers import LayerCall, LayerRunner
+from saccade.attach.layercall import LayerCall
+from saccade.attach.layers import LayerRunner
 from saccade.attach.masks import mask_call, remember_mask
 from saccade.attach.models import attention_modules, check_methods, managed_layers, text_config
+from saccade.attach.rebuild import Rebuilder
 from saccade.attach.reduction import Chosen, Reached, Reducer, follow
 from saccade.attach.rotary import rotary_of
 from saccade.attach.saving import save_cache
@@ -53,6 +57,7 @@ class Session:
             raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
         given = {"prefill": prefill, "decode": decode, "cache": cache}
         self.methods = {phase: method.spec for phase, method in given.items() if method is not None}
+        self._rebuilder = Rebuilder.of(model, cache, plans)
         self._reducer = Reducer(model, prefill) if isinstance(prefill, PromptReduction) else None
         prefill = None if isinstance(prefill, PromptReduction) else prefill
         layers = int(text_config(model).num_hidden_layers)
@@ -94,7 +99,7 @@ class Session:
             self._restore += [
                 module.register_forward_pre_hook(self._note_hidden, with_kwargs=True).remove for module in attention_modules(self.model)
             ]
-        if self._reducer is not None:
+        if self._reducer is not None or self._rebuilder is not None:
             self._restore.append(self.model.register_forward_hook(self._after_forward).remove)
         return self
 
@@ -149,6 +154,14 @@ class Session:
             raise ValueError("there is no cache to save: run the model on a prompt and keep its past_key_values")
         return save_cache(path, cache, self.model, self.methods)
 
+    @contextmanager
+    def densely(self) -> Iterator[None]:
+        """Inside the block several tokens are read with full attention, and no method takes notice of them."""
+        with ExitStack() as stack:
+            for runner in self._runners.values():
+                stack.enter_context(runner.densely())
+            yield
+
     def mark_vision(self, mask: Tensor) -> None:
         """Say which tokens of the next input stand for images or video, `(B, m)` bool: for models given as embeddings, and for trials."""
         if mask.ndim != 2 or mask.dtype != torch.bool:
@@ -175,6 +188,8 @@ class Session:
             )
         m = inputs.shape[1]
         self._shared = {}
+        if self._rebuilder is not None:
+            self._rebuilder.places = None
         if cache is None:
             self._cache = None
         seen = 0 if cache is None else self._install(cache, mask)
@@ -191,6 +206,8 @@ class Session:
         elif self._reducer is not None and m > 1:
             kwargs = self._shorten(kwargs, live)
         vision = self._take_vision(kwargs, inputs)
+        if self._rebuilder is not None and live:
+            kwargs = self._rebuild(kwargs, inputs, live, vision)
         for layer in live.values():
             layer.expect(self._real, vision)
         return (), kwargs
@@ -213,9 +230,21 @@ class Session:
             self._padded, self._real = self._real is not None, None if bool(new.all()) else new
         return shorter
 
+    def _rebuild(self, kwargs: dict[str, Any], inputs: Tensor, live: dict[int, KVLayer], vision: Tensor | None) -> dict[str, Any]:
+        """The arguments with dropped tokens that come back in front of the new ones."""
+        assert self._rebuilder is not None
+        if vision is not None:
+            raise ValueError(f"{self._rebuilder.method.info.slug} runs tokens again by their ids, which images don't have: leave them out")
+        for index, layer in live.items():
+            # a prompt ends before it is asked what was dropped
+            self._runners[index].before_append(layer, inputs.shape[1])
+        kwargs, self._real = self._rebuilder.extend(kwargs, live, self._real)
+        return kwargs
+
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        assert self._reducer is not None
-        return self._reducer.settle(output, self._live_layers(), self._runners, self._padded)
+        if self._rebuilder is not None:
+            output = self._rebuilder.settle(output)
+        return output if self._reducer is None else self._reducer.settle(output, self._live_layers(), self._runners, self._padded)
 
     def _take_vision(self, kwargs: dict[str, Any], inputs: Tensor) -> Tensor | None:
         """Which of the new tokens stand for images or video: as marked, else by the model's own placeholder ids."""
@@ -266,10 +295,10 @@ class Session:
     def run(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         """One layer's attention, `(B, N, Hq, Dv)`."""
         index = getattr(module, "layer_idx", None)
-        call = mask_call(mask)
+        masked = mask_call(mask)
         if index not in self._runners or not getattr(module, "is_causal", True):
-            return _original_attention(self._original, module, q, k, v, call.build(self._original), options)
-        if not call.plainly_causal:
+            return _original_attention(self._original, module, q, k, v, masked.build(self._original), options)
+        if not masked.plainly_causal:
             raise ValueError("an attached model takes plain causal sequences: no packed sequences and no bidirectional blocks")
         scale, softcap = _numbers(module, q, options)
         cache = self.cache
@@ -277,12 +306,11 @@ class Session:
         if self._reducer is not None and self._reducer.reaches(index):
             raise Reached(LayerCall(q=q, k=k, v=v, scale=scale, softcap=softcap, real=None, shared={}))
         stored = isinstance(layer, KVLayer) and layer.seen >= q.shape[2] and options.get("use_cache") is not False
-        out = self._runners[index].run(
-            LayerCall(
-                q=q, k=k, v=v, scale=scale, softcap=softcap, real=self._real, shared=self._shared, hidden=self._hidden.pop(index, None)
-            ),
-            layer if stored and isinstance(layer, KVLayer) else None,
-        )
+        call = LayerCall(
+            q=q, k=k, v=v, scale=scale, softcap=softcap, real=self._real, shared=self._shared, hidden=self._hidden.pop(index, None),
+            again=None if self._rebuilder is None else self._rebuilder.places,
+        )  # fmt: skip
+        out = self._runners[index].run(call, layer if stored and isinstance(layer, KVLayer) else None)
         return out.transpose(1, 2).contiguous()
 
 

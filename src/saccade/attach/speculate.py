@@ -16,8 +16,7 @@ Sources: sparse-to-dense, arXiv 2505.19155; the sampling rule is that of specula
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,7 +185,7 @@ class _Run:
         if gamma:
             self._take_back(gamma)  # no key of the sparse model stays
         guesses = torch.stack([self.written[-1], *drafts], dim=1)
-        with _densely(handle):
+        with handle.densely():
             exact = self.sampler.probabilities(self._feed(guesses))
         right = self._right(guesses[:, 1:], exact, shares)
         common = int(right.masked_fill(self.ended, gamma).min())
@@ -229,20 +228,6 @@ class _Run:
             mask = torch.nn.functional.pad(self.mask, (0, seen - self.mask.shape[1]), value=1)
             given |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, seen - ids.shape[1] :]}
         return self.model(**given).logits
-
-
-@contextmanager
-def _densely(handle: Session) -> Iterator[None]:
-    """Inside the block several tokens are read with full attention, and no method takes notice of them."""
-    runners = list(handle._runners.values())
-    methods = [(runner.decode, runner.policy) for runner in runners]
-    for runner in runners:
-        runner.decode = runner.policy = None
-    try:
-        yield
-    finally:
-        for runner, (decode, policy) in zip(runners, methods, strict=True):
-            runner.decode, runner.policy = decode, policy
 
 
 def _check(

@@ -46,9 +46,9 @@ class Chain(CachePolicy):
     def members(self) -> tuple[Method, ...]:
         return self.policies
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         for index, policy in enumerate(self.policies):
-            policy.observe(self._inside(ctx, index), kv, q)
+            policy.watch(self._inside(ctx, index), kv, q)
 
     def due(self, ctx: LayerContext, length: int) -> bool:
         due = [policy.due(self._inside(ctx, index), length) for index, policy in enumerate(self.policies)]

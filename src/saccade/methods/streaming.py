@@ -143,9 +143,6 @@ class FarMemory(Prefill, Decode, CachePolicy):
 
     # -- storage -----------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, *seen: Any) -> None:
-        """All that is needed is taken in when queries are read."""
-
     def rewind(self, ctx: LayerContext, n: int) -> int:
         """The memory goes by places, and forgets what came after the next query's."""
         return n

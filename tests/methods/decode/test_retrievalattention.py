@@ -27,7 +27,7 @@ def closed(method: RetrievalAttention, q: Tensor, k: Tensor, v: Tensor, prompt: 
     slots = Slots(Rectangle(k, v, {"positions": torch.arange(n, dtype=torch.int32).expand(*k.shape[:3])}))
     ctx = step_context(q, k, v, pairs, rotary=None)
     ctx.phase = "cache"
-    method.observe(ctx, slots, q.expand(-1, -1, n, -1) if prompt is None else prompt)
+    method.watch(ctx, slots, q.expand(-1, -1, n, -1) if prompt is None else prompt)
     method.compress(ctx, slots)
     ctx.phase, ctx.segments = "decode", slots.sealed
     return ctx, slots
@@ -164,7 +164,7 @@ def test_the_stride_keeps_the_same_queries_however_a_prompt_is_cut() -> None:
             begin = end if sum(cuts) == 100 else min(end, 31)
             end = begin + m
             ctx.seen = end
-            method.observe(ctx, None, rows[:, :, begin:end])
+            method.watch(ctx, None, rows[:, :, begin:end])
         kept.append(ctx.state["queries"])
     assert kept[0].shape[2] == 34 and torch.equal(kept[0], rows[:, :, ::3])
     assert torch.equal(kept[2], kept[0])

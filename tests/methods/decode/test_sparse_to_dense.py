@@ -44,7 +44,7 @@ class Layer:
     def read(self, begin: int, end: int) -> None:
         side = {} if self.vision is None else {"vision": self.vision[:, None, :end].expand(-1, 2, -1).to(torch.uint8)}
         kv = SimpleNamespace(keys=self.k[:, :, :end], values=self.v[:, :, :end], side=side, length=end)
-        self.method.observe(self.context(end, "cache"), kv, self.q[:, :, begin:end])
+        self.method.watch(self.context(end, "cache"), kv, self.q[:, :, begin:end])
 
     def step(self, place: int) -> Tensor:
         """What the token at `place` reads, bool `(B, 2, place + 1)`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contract.models import tiny
 from tests.methods.cache.needles import pocket, prompts, streams
 from tests.methods.prefill.planted import context as bare_context
 from tests.methods.prefill.planted import hits, selected
@@ -205,6 +206,21 @@ def test_no_value_from_the_future(qk: Any) -> None:
     a, b = (method.attend(context(q, k, x), q, k, x) for x in (v, other))
     assert torch.equal(a[:, :, :120], b[:, :, :120])
     assert not torch.equal(a[:, :, 120:], b[:, :, 120:])
+
+
+@pytest.mark.parametrize("qk", ["int8", "fp8"])
+def test_products_are_in_low_bits_at_the_public_doors(qk: Any) -> None:
+    """Not only in a context made for tests: `saccade.attention` and an attached model hand the numbers on."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, heads, 96, 16, generator=generator) for heads in (4, 2, 2))
+    out = saccade.attention(q, k, v, method=replace(SMALL, qk=qk, top_k=1.0))
+    assert saccade.last_run().op == "attend_low_bit"
+    exact = attend(q, k, v, causal=True, impl="reference").out
+    assert 0 < float((out - exact).norm() / exact.norm()) < 0.1
+    model = tiny("llama", torch.float32)
+    with saccade.attach(model, prefill=replace(SMALL, qk=qk)), torch.no_grad():
+        assert torch.isfinite(model(torch.arange(3, 93)[None]).logits).all()
+        assert saccade.last_run().op == "attend_low_bit"
 
 
 def test_decoding_is_dense() -> None:

@@ -193,7 +193,7 @@ def test_ring_decoding_equals_the_masked_forward() -> None:
             real = torch.ones_like(slots.side["positions"], dtype=torch.bool) if slots.valid is None else slots.valid
             out = masked_dense(q[:, :, t : t + 1], slots.keys, slots.values, real.repeat_interleave(2, 1).unsqueeze(2))
             assert (out - exact[:, :, t : t + 1]).abs().max() < 1e-12, t
-        method.observe(ctx, slots, q[:, :, t : t + 1])
+        method.watch(ctx, slots, q[:, :, t : t + 1])
         if t == prompt - 1 or (t >= prompt and method.due(ctx, slots.length)):
             method.compress(ctx, slots)
             counts = slots.length if slots.valid is None else slots.valid.sum(-1)[0].tolist()

@@ -66,8 +66,8 @@ class CAOTE(CachePolicy):
         assert isinstance(self.base, str)
         return _built(self.base)
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
-        self.scorer.observe(ctx.inside(self.scorer.info.slug), kv, q)
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+        self.scorer.watch(ctx.inside(self.scorer.info.slug), kv, q)
 
     def due(self, ctx: LayerContext, length: int) -> bool:
         return self.scorer.due(ctx.inside(self.scorer.info.slug), length)

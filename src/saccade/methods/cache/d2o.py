@@ -80,7 +80,7 @@ class D2O(CachePolicy):
             raise ValueError(f"d2o(weights={self.weights!r}) is not 'exponential' or 'cosine'")
         object.__setattr__(self, "skip_layers", check_layers("d2o", self.skip_layers))
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         if ctx.layer not in acting_layers(self.skip_layers, ctx.layers):
             return
         check_mergeable("d2o", ctx, kv)

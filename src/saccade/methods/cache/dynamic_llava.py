@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -150,10 +149,9 @@ class DynamicLlava(Prefill, Decode, CachePolicy):
 
     # -- the cache ---------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, *given: object) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         """Layers before l tell which of the new tokens are images."""
-        if ctx.phase == "cache" and ctx.layer < self.layer:
-            kv, q = cast("tuple[StoredKV, Tensor]", given)
+        if ctx.layer < self.layer:
             marks = kv.side.get("vision")
             ctx.sequence.pop(IMAGES, None)
             if marks is not None:

@@ -48,12 +48,14 @@ class EMS(CachePolicy):
 
     budget: N, a number of tokens or a share of the tokens seen. window: w, the newest tokens: their queries make the local score and
     their entries always stay, out of the budget. merged: N_tbm as a multiple of N. threshold: tau in [-1, 1]; above 1 nothing is merged.
+    weigh_counts: a centre enters the softmax as many times as it has tokens.
     """
 
     budget: float | int = 256
     window: int = 32
     merged: float = 1.0
     threshold: float = 0.6
+    weigh_counts: bool = False
 
     info = Info(
         slug="ems", phase="cache", needs=frozenset({"queries", "weights"}), frees_memory=True, append_only=False,
@@ -68,8 +70,10 @@ class EMS(CachePolicy):
             raise ValueError(f"ems(window={self.window!r}) has no local score: give at least 1 token")
         if self.merged < 0:
             raise ValueError(f"ems(merged={self.merged!r}) is not a multiple of the budget: give a number of at least 0")
+        if not isinstance(self.weigh_counts, bool):
+            raise ValueError(f"ems(weigh_counts={self.weigh_counts!r}) is neither True nor False")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         check_mergeable("ems", ctx, kv)
         accumulate(ctx, kv, q)
         remember(ctx.state.setdefault(WINDOW, Scope()), q, ctx.seen, self.window + GUESSES)
@@ -92,7 +96,8 @@ class EMS(CachePolicy):
         into, similarity = to_nearest(stay, next_best, kv.keys, kv.values)
         into = drop(into, next_best & (similarity < self.threshold))
         weights = normalised(scores, into)
-        merge_entries(kv, into, fold_directions(kv.keys, into, weights), fold(kv.values, into, weights))
+        folded = fold_directions(kv.keys, into, weights), fold(kv.values, into, weights)
+        merge_entries(kv, into, *folded, weigh=self.weigh_counts)
 
 
 def global_local(mass: Tensor, local: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -46,7 +46,7 @@ class H2O(Scored):
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent={self.recent} is not a share of the budget: give a number from 0 to 1")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         accumulate(ctx, kv, q)
 
     def due(self, ctx: LayerContext, length: int) -> bool:

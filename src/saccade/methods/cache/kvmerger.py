@@ -10,7 +10,8 @@ How much is left follows from the keys, and differs by head. With a budget, each
 that many.
 
 Source: kvmerger, arXiv 2407.08454. Not given there and chosen here: how many heavy hitters and newest entries are protected. A merged
-entry weighs like one token in the softmax, as in the paper; how many tokens it stands for is in `kv.side["count"]`.
+entry weighs like one token in the softmax, as in the paper, unless `weigh_counts` is set; how many tokens it stands for is in
+`kv.side["count"]`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class KVMerger(CachePolicy):
     threshold: eps, a cosine; above 1 nothing is merged. budget: entries per head on average over a layer's heads, a share of the tokens
     seen or a number of tokens, instead of the threshold; None goes by the threshold. Protected entries may hold more. sigma: width of
     the kernel, in units of the keys. heavy, recent: shares of the entries that are protected for their attention, and as the newest.
-    scale_values: multiplies merged values by the size of their set, as one formula of the paper does. skip_layers: layers left alone, -1
-    is the last.
+    scale_values: multiplies merged values by the size of their set, as one formula of the paper does. weigh_counts: an entry
+    enters the softmax as many times as it has tokens, its logit + log(count). skip_layers: layers left alone, -1 is the last.
     """
 
     threshold: float = 0.75
@@ -46,6 +47,7 @@ class KVMerger(CachePolicy):
     heavy: float = 0.1
     recent: float = 0.1
     scale_values: bool = False
+    weigh_counts: bool = False
     skip_layers: tuple[int, ...] = (0, 1, -1)
 
     info = Info(
@@ -61,11 +63,12 @@ class KVMerger(CachePolicy):
             raise ValueError(f"kvmerger(sigma={self.sigma!r}) is not a width: give a number above 0")
         if min(self.heavy, self.recent) < 0 or self.heavy + self.recent > 1:
             raise ValueError(f"kvmerger(heavy={self.heavy!r}, recent={self.recent!r}) are no two shares: give two with a sum up to 1")
-        if not isinstance(self.scale_values, bool):
-            raise ValueError(f"kvmerger(scale_values={self.scale_values!r}) is neither True nor False")
+        for name in ("scale_values", "weigh_counts"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"kvmerger({name}={getattr(self, name)!r}) is neither True nor False")
         object.__setattr__(self, "skip_layers", check_layers("kvmerger", self.skip_layers))
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         if ctx.layer in acting_layers(self.skip_layers, ctx.layers):
             check_mergeable("kvmerger", ctx, kv)
             accumulate(ctx, kv, q)
@@ -82,7 +85,8 @@ class KVMerger(CachePolicy):
             into = into.masked_fill(~kv.valid, kv.length)
         weights = gaussian(into, kv.keys, self.sigma)
         scale = class_sums(torch.ones_like(weights), into) if self.scale_values else 1.0
-        merge_entries(kv, into, fold(kv.keys, into, weights), fold(kv.values, into, weights * scale))
+        folded = fold(kv.keys, into, weights), fold(kv.values, into, weights * scale)
+        merge_entries(kv, into, *folded, weigh=self.weigh_counts)
 
     def _links(self, ctx: LayerContext, kv: StoredKV, mass: Tensor) -> Tensor:
         """Whether an entry and the next one are in the same set, bool `(B, H, n - 1)`."""

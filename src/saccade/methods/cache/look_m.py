@@ -65,7 +65,7 @@ class LookM(CachePolicy):
         if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"look-m(sinks={self.sinks!r}) is not a number of entries: give an integer of at least 0")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         check_mergeable("look-m", ctx, kv)
         accumulate(ctx, kv, q)
 

@@ -59,7 +59,7 @@ class SnapKV(Scored):
         if self.pooling not in ("average", "max"):
             raise ValueError(f"pooling={self.pooling!r} is not 'average' or 'max'")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         # the prompt may end some tokens before these do: guesses at its end can be taken back
         remember(ctx.state, q, ctx.seen, self.window + GUESSES)
 

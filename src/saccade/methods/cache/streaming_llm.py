@@ -59,7 +59,7 @@ class StreamingLLM(CachePolicy):
     def _turns(self) -> bool:
         return self.positions == "reindexed" and self.sinks > 0
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         if not self._turns:
             return
         why = "has no rotary embedding whose keys can be turned" if ctx.rotary is None else None

@@ -147,11 +147,10 @@ class RetrievalAttention(Decode, CachePolicy):
 
     # -- the prompt --------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, *seen: Any) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         """Keep a prompt's queries, those of tokens 0, query_stride, 2 query_stride, ...; nothing is indexed step by step."""
-        if ctx.phase != "cache" or self.index != "roar":
+        if self.index != "roar":
             return
-        _, q = seen
         begin, stride = ctx.seen - q.shape[2], self.query_stride
         if q.shape[2] == 1 and begin:
             return

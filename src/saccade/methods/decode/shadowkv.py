@@ -64,9 +64,6 @@ class ShadowKV(Decode, CachePolicy):
         if isinstance(self.budget, int) and self.budget % self.chunk:
             raise ValueError(f"shadowkv(budget={self.budget}) is no multiple of its chunk of {self.chunk} tokens")
 
-    def observe(self, ctx: LayerContext, *seen: object) -> None:
-        """What decoding and caching show as it comes is of no use: all is found out when the prompt has ended."""
-
     # -- when a prompt has ended -------------------------------------------------------------------------------------------
 
     def compress(self, ctx: LayerContext, kv: StoredKV) -> None:

@@ -19,7 +19,7 @@ Source: sparse-to-dense, arXiv 2505.19155. The sum over heads within a group is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +61,11 @@ class SparseToDense(Decode, CachePolicy):
 
     # -- the prompt --------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, *given: object) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         """A prompt leaves its text's attention behind; what is decoded leaves nothing."""
         own = self._own(ctx)
-        if ctx.phase != "cache" or own.get("decoded") == ctx.seen:
+        if own.get("decoded") == ctx.seen:
             return
-        kv, q = cast("tuple[StoredKV, Tensor]", given)
         own.pop("draft", None)
         marks = kv.side.get("vision")
         if marks is None:

@@ -98,9 +98,6 @@ class SpAtten(Prefill, Decode, CachePolicy):
 
     # -- hooks -------------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, *seen: object) -> None:
-        """All is found out while attending."""
-
     def compress(self, ctx: LayerContext, kv: StoredKV) -> None:
         """No entry is dropped: a token that late layers no longer read is still read by the first ones."""
 

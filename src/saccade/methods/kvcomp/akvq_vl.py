@@ -93,7 +93,7 @@ class AKVQVL(CachePolicy, Calibrated):
 
     # -- the cache ---------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         if "text_layer" not in ctx.state:
             remember(ctx.state, q, ctx.seen, OBSERVED + GUESSES)
 

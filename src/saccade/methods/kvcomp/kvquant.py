@@ -141,7 +141,7 @@ class KVQuant(CachePolicy, GradientCalibrated):
 
     # -- the cache ---------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         if self.bits != RAW:
             note_places(ctx, kv, q.shape[2])
 

@@ -68,7 +68,7 @@ class ThinK(CachePolicy):
         if self.key_bits not in (*BITS, RAW):
             raise ValueError(f"think(key_bits={self.key_bits!r}) is not one of {', '.join(map(str, BITS))} or {RAW} (not quantised)")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         remember(ctx.state, q, ctx.seen, self.observed + GUESSES)
 
     def compress(self, ctx: LayerContext, kv: StoredKV) -> None:

@@ -64,7 +64,7 @@ class ZipCache(CachePolicy):
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"interval={self.interval!r} is not a number of tokens: give an integer of at least 1")
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: torch.Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: torch.Tensor) -> None:
         probes = ctx.state.setdefault(_PROBES, ProbeQueries(self.probe_share, ctx.seed * 1_000_003 + ctx.layer))
         probes.add(q, ctx.seen, kv.length)
 

@@ -111,7 +111,7 @@ class ZipVL(Prefill, CachePolicy):
 
     # -- the cache ---------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         ctx.state.setdefault(_PROBES, self._new_probes(ctx)).add(q, ctx.seen)
 
     def due(self, ctx: LayerContext, length: int) -> bool:

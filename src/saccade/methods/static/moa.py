@@ -113,7 +113,7 @@ class MoA(Prefill, CachePolicy, GradientCalibrated):
 
     # -- the cache ---------------------------------------------------------------------------------------------------------
 
-    def observe(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         note_places(ctx, kv, q.shape[2])
 
     def due(self, ctx: LayerContext, length: int) -> bool:

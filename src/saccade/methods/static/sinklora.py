@@ -13,20 +13,15 @@ Source: sinklora, arXiv 2406.05678, section 3.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from saccade.core import HeadLayout, Info, LayerContext, Prefill, Selection, register
-from saccade.methods.static.longlora import check_groups
-from saccade.parts.static import Pattern
-from saccade.parts.static.groups import Groups
+from saccade.core import Info, register
+from saccade.parts.static.groups import IN_PARTS, GroupedPrefill
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SinkLoRA(Prefill):
+class SinkLoRA(GroupedPrefill):
     """groups: how many a sequence is cut into, g = ceil(n / groups). group: g in tokens, instead. shifted: share of the query heads, the
     last ones, whose groups are shifted (inferred, see above). sinks: first tokens that every query reads; 0 with shifted=0.5 is longlora.
     wrapped: whether the last shifted group reads the first half group too.
@@ -40,30 +35,5 @@ class SinkLoRA(Prefill):
 
     info = Info(
         slug="sinklora", phase="prefill", needs=frozenset({"training"}), opened={"groups": 1}, tiny={"groups": 4, "sinks": 2},
-        opts_out={
-            "chunked": "a group is a share of the whole sequence, of which a chunk knows what has come so far",
-            "stepwise": "single tokens are decoded densely, as the tuned model attends; groups are for training on whole sequences",
-        },
+        opts_out=IN_PARTS,
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_groups("sinklora", self.groups, self.group, self.shifted)
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"sinklora(sinks={self.sinks!r}) is not a whole number of at least 0")
-
-    def pattern(self, n: int, layout: HeadLayout) -> Pattern:
-        """The keys that each head reads in a sequence of n tokens."""
-        return self._cut(n, layout).pattern(n, layout)
-
-    def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
-        layout = HeadLayout.of(q, k, v)
-        return self._cut(k.shape[2], layout).select(q.shape[2], k.shape[2], layout, q.device)
-
-    def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[2] == 1:
-            return ctx.attend(q, k, v, None)
-        return self._cut(k.shape[2], HeadLayout.of(q, k, v)).attend(q, k, v, ctx.attend)
-
-    def _cut(self, n: int, layout: HeadLayout) -> Groups:
-        size = self.group or math.ceil(n / self.groups)
-        return Groups(size, round(self.shifted * layout.query_heads), self.sinks, self.wrapped)
