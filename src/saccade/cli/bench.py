@@ -45,7 +45,7 @@ def command(
         Kind, typer.Argument(help="attend: a prompt; decode: one query over a cache; estimate, scan, quant; prefill: whole methods.")
     ],
     grid: Annotated[
-        Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, bars (the project's own marks) in two, full in a few.")
+        Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, bars (the marks) in two, full in a few.")
     ] = None,
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Only this family of the grid (repeatable); alone: the function or form to time.")

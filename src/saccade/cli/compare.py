@@ -17,9 +17,13 @@ LENGTHS = "1024,4096"
 def command(
     methods: Annotated[str, typer.Option(help="Specs separated by ; or , such as 'snapkv(budget=0.25);quest'.")],
     model: Annotated[str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")] = "pocket",
-    tasks: Annotated[str, typer.Option(help="Tasks separated by commas, or all.")] = TASKS,
+    tasks: Annotated[
+        str | None, typer.Option(help=f"Tasks separated by commas, or all; {TASKS}, and none with --batches.", show_default=False)
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 1024,4K.")] = LENGTHS,
     samples: Annotated[int, typer.Option(help="Prompts for each task and length.")] = 8,
+    batches: Annotated[str, typer.Option(help="Batch sizes whose decoding speed is measured, such as 1,4,16.")] = "",
+    steps: Annotated[int, typer.Option(help="Decoding steps that are timed for each batch.")] = 32,
     mode: Annotated[
         str, typer.Option(help="aware: the question is part of the prompt; agnostic: it comes after the compression.")
     ] = "aware",
@@ -48,9 +52,11 @@ def command(
     from saccade.evaluate.text import grammar
 
     # everything that can be wrong with the arguments is said before the model is loaded
+    sizes = parse_batches(batches)
+    tasks = ("" if sizes else TASKS) if tasks is None else tasks
     chosen = list(known.TASKS) if tasks.strip() == "all" else known.split(tasks)
     wanted = parse_lengths(lengths)
-    check_settings(chosen, wanted, samples, mode)
+    check_settings(chosen, wanted, samples, mode, sizes, steps)
     named = split_methods(methods)
     line_up(named, wanted, floor=not no_floor)
     for path in (json, html):
@@ -62,6 +68,8 @@ def command(
         raise ValueError("--resume needs the file to go on with: give it as --json FILE")
     if html is not None:
         _check_report()
+        if not chosen:
+            raise ValueError("--html shows the quality of methods: name --tasks too, or leave it out")
     grammar(text)
     plans = [Plan.load(path) for path in plan or []]
 
@@ -72,14 +80,17 @@ def command(
     try:
         result = _run(
             loaded, tokenizer, named, chosen, wanted, samples=samples, mode=mode, seed=seed, json_path=json,
-            resume=resume, plans=plans, floor=not no_floor, text=text, name=model, options=options,
+            resume=resume, plans=plans, floor=not no_floor, text=text, name=model, options=options, batches=sizes, steps=steps,
         )  # fmt: skip
     except KeyboardInterrupt:
         if json is not None and json.exists():
             told = f"Stopped. What had run is in {json}; the same command with --resume goes on."
             console(stderr=True).print(told, markup=False, soft_wrap=True)
         raise
-    write(table(result, console().width))
+    if result["rows"]:
+        write(table(result, console().width))
+    if result.get("throughput"):
+        write(speed_table(result))
     if html is not None:
         from saccade.report.comparison import write_page
 
@@ -87,8 +98,9 @@ def command(
     for what, path in (("Result", json), ("Page", html)):
         if path is not None:
             console().print(f"{what}: {path}", markup=False, soft_wrap=True)
-    if all(row["status"] == "failed" for row in result["rows"]):
-        raise ValueError(f"every cell failed, the first one with: {result['rows'][0]['error']}")
+    every = [*result["rows"], *result.get("throughput", [])]
+    if all(row["status"] == "failed" for row in every):
+        raise ValueError(f"every cell failed, the first one with: {every[0]['error']}")
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -102,6 +114,15 @@ def parse_lengths(text: str) -> list[int]:
     if not found:
         raise ValueError("no lengths were given: write them like 1024,4K")
     return found
+
+
+def parse_batches(text: str) -> list[int]:
+    """`"1,4"` to `[1, 4]`. Raises ValueError for anything that is no positive whole number."""
+    parts = [piece.strip() for piece in text.split(",") if piece.strip()]
+    for part in parts:
+        if not part.isdecimal() or int(part) < 1:
+            raise ValueError(f"{part!r} is no batch size: write them as whole numbers, such as 1,4,16")
+    return [int(part) for part in parts]
 
 
 def _options(device: str | None, dtype: str | None, text: Path | None, plan: list[Path] | None, offline: bool, no_floor: bool) -> list[str]:
@@ -197,6 +218,45 @@ def table(result: dict[str, Any], width: int) -> Group:
         style="dim",
     ))  # fmt: skip
     return Group(*parts)
+
+
+def speed_table(result: dict[str, Any]) -> Group:
+    """Tokens per second of decoding by batch size, a table for each length."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = result["throughput"]
+    sizes = sorted({row["batch"] for row in rows})
+    parts: list[Any] = []
+    for length in sorted({row["length"] for row in rows}):
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        grid.add_column("method", overflow="fold")
+        for batch in sizes:
+            grid.add_column(f"batch {batch}", justify="right")
+        for title in ("KV cache a row", "step"):
+            grid.add_column(title, justify="right", no_wrap=True)
+        here = {(row["method"], row["batch"]): row for row in rows if row["length"] == length}
+        failed = []
+        for method in dict.fromkeys(method for method, _ in here):
+            own = [here[method, batch] for batch in sizes if (method, batch) in here]
+            known = [row for row in own if row["status"] == "ok"]
+            cells = [_speed(here.get((method, batch))) for batch in sizes]
+            facts = [size(known[-1]["kv_bytes"] // known[-1]["batch"]), f"{known[-1]['step_ms']:.1f} ms"] if known else ["-", "-"]
+            grid.add_row(Text(method), *cells, *facts)
+            broken = [row for row in own if row["status"] == "failed"]
+            failed += [Text.assemble(method, (f" failed at batch {row['batch']}: {row['error']}", "red")) for row in broken]
+        parts += [Text.assemble("\n", ("tokens per second", "bold cyan"), f"  decoding after {length:,} tokens"), grid, *failed]
+    parts.append(Text("\nx: speed against dense. step: median of the largest batch that ran. full: out of memory.", style="dim"))
+    return Group(*parts)
+
+
+def _speed(row: dict[str, Any] | None) -> str:
+    if row is None or row["status"] == "failed":
+        return "-"
+    if row["status"] == "full":
+        return "full"
+    return f"{row['tokens_per_second']:,.0f}" + ("" if row["speedup"] is None else f" {row['speedup']:.2f}x")
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:

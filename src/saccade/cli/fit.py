@@ -20,6 +20,9 @@ def command(
     lengths: Annotated[str, typer.Option(help="Contexts for which the batch is told, such as 8K,32K.")] = "8K,32K,128K",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
     reserve: Annotated[float, typer.Option(help="Share of the memory that is kept for activations.")] = 0.1,
+    sizes: Annotated[
+        str, typer.Option(help="Three lengths at which bytes are measured, beyond the windows of the methods.")
+    ] = "2K,3K,4K",
     plan: Annotated[list[Path] | None, typer.Option(help="A calibration plan; may be given more than once.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Look a hub name up in the local cache only.")] = False,
@@ -35,7 +38,8 @@ def command(
     from saccade.evaluate import fit as fitting
     from saccade.evaluate.contenders import contender, split_methods
 
-    size, wanted = fitting.parse_memory(memory), parse_lengths(lengths)
+    size, wanted, places = fitting.parse_memory(memory), parse_lengths(lengths), parse_lengths(sizes)
+    fitting.check_sizes(places)
     if not 0 <= reserve < 1:
         raise ValueError(f"--reserve {reserve} is not a share from 0 to below 1")
     specs = [spec for spec in split_methods(methods) if spec != "dense"]
@@ -47,7 +51,7 @@ def command(
     shape, empty = fitting.shape_of(model, dtype=dtype, offline=offline)
     with console(stderr=True).status("measuring") as status:
         result = fitting.fit(
-            shape, empty, specs, memory=size, lengths=wanted, plans=plans, reserve=reserve,
+            shape, empty, specs, memory=size, lengths=wanted, plans=plans, reserve=reserve, sizes=places,
             tell=lambda spec: status.update(f"measuring {spec}"),
         )  # fmt: skip
     write(table(result))
@@ -70,14 +74,19 @@ def table(result: dict[str, Any]) -> Group:
     lengths = result["settings"]["lengths"]
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.add_column("method")
-    for title in ("a token", "fixed", "of dense", "context", *(f"batch at {_short(n)}" for n in lengths)):
+    offloaded = any(row.get("host_token_bytes") for row in result["rows"])
+    titles = ["a token", *(["host, a token"] if offloaded else []), "fixed", "of dense", "context"]
+    for title in (*titles, *(f"batch at {_short(n)}" for n in lengths)):
         shown.add_column(title, justify="right")
+    failed: list[Text] = []
     for row in result["rows"]:
         if row["status"] != "ok":
-            shown.add_row(Text(row["method"]), Text(row["error"], style="red"))
+            failed.append(Text.assemble(row["method"], (f" failed: {row['error']}", "red")))
             continue
-        mark = "" if row["straight"] else " *"
-        cells = [size_text(row["token_bytes"]), size_text(max(0, row["fixed_bytes"])), f"{row['share']:.0%}", f"{row['context']:,}{mark}"]
+        mark = " +" if row["idle"] else "" if row["straight"] else " *"
+        host = [size_text(row["host_token_bytes"]) if row["host_token_bytes"] else "-"] if offloaded else []
+        cells = [size_text(row["token_bytes"]), *host, size_text(max(0, row["fixed_bytes"]))]
+        cells += [f"{row['share']:.0%}", f"{row['context']:,}{mark}"]
         shown.add_row(Text(row["method"]), *cells, *(f"{row['batch'][str(n)]:,}" for n in lengths))
     model, settings = result["model"], result["settings"]
     facts = (
@@ -89,7 +98,9 @@ def table(result: dict[str, Any]) -> Group:
         notes.append(f"the model was made for {model['positions']:,} positions")
     if any(row["status"] == "ok" and not row["straight"] for row in result["rows"]):
         notes.append("* bytes do not grow along a line there: the numbers beyond it are estimates")
-    return Group(Text(facts), shown, *(Text(note, style="dim") for note in notes))
+    if any(row["status"] == "ok" and row["idle"] for row in result["rows"]):
+        notes.append("+ nothing was dropped at these sizes, so that nothing is known beyond them: give longer --sizes")
+    return Group(Text(facts), shown, *failed, *(Text(note, style="dim") for note in notes))
 
 
 def _short(n: int) -> str:

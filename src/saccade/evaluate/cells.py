@@ -80,7 +80,7 @@ def prepared(line: list[Contender], spot: Spot, plans: Iterable[Plan], needed: s
                 try:
                     own.append(calibrate(spot.model, method, _calibration_batches(spot)))
                 except Exception as error:  # recorded in every row of this method; the others go on
-                    broken = _sentence(error)
+                    broken = sentence(error)
         ready.append(replace(contender, plans=own, note=note, broken=broken))
     return ready
 
@@ -127,7 +127,7 @@ def run_cell(
                 peaks.append(meter.stop())
         results.fill_row(row, task, outcomes, [prompt.sample.depths for prompt in prompts], peaks, spot.seed)
     except Exception as error:  # the other cells go on
-        row["error"] = contender.broken or _sentence(error)
+        row["error"] = contender.broken or sentence(error)
 
 
 def fidelity_of(spot: Spot, task: Task, length: int, contenders: Sequence[Contender]) -> dict[str, Fidelity]:
@@ -137,7 +137,7 @@ def fidelity_of(spot: Spot, task: Task, length: int, contenders: Sequence[Conten
         answer = spot.codec.encode(prompt.sample.answers[0])
         return measure(spot.model, [*prompt.context, *prompt.question, *answer], spot.closed(prompt), contenders)
     except Exception as error:
-        return {contender.spec: Fidelity(broken=_sentence(error)) for contender in contenders if not contender.dense}
+        return {contender.spec: Fidelity(broken=sentence(error)) for contender in contenders if not contender.dense}
 
 
 def add_fidelity(row: dict[str, Any], found: Fidelity | None) -> None:
@@ -172,10 +172,10 @@ def draw(result: dict[str, Any], spot: Spot, contenders: Sequence[Contender]) ->
         ids = [*prompt.context, *prompt.question]
         result["attention"] = picture(spot.model, ids, spot.closed(prompt), contenders, text)
     except Exception as error:  # the rows are what the run is for
-        result["notes"].append(f"{NO_MAPS}: {_sentence(error)}")
+        result["notes"].append(f"{NO_MAPS}: {sentence(error)}")
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """An exception as one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:400] if text else type(error).__name__

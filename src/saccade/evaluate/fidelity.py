@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saccade.attach.capture import reading_session
-from saccade.core import LayerContext
+from saccade.core import LayerContext, Prefill
 from saccade.evaluate.contenders import Contender
 from saccade.evaluate.replay import LayerReplay, probabilities
 
@@ -70,7 +70,10 @@ def _layer(replay: LayerReplay, dense: Tensor, prompt: int, contender: Contender
     out = replay.feed(0, prompt)
     if contender.evicts:
         return _after_prompt(replay, dense, prompt)
-    error, selection = _relative_error([out], dense[:, :, :prompt]), replay.ran(prompt)
+    error, method = _relative_error([out], dense[:, :, :prompt]), replay.runner.prefill
+    # a method that attends itself may do it in several passes, or over keys in another order: what ran last is not what it reads
+    plain = method is None or type(method).attend is Prefill.attend
+    selection = replay.ran(prompt) if plain else replay.chosen(prompt)
     if selection is None:
         return error, 1.0
     return error, float(selection.mass(replay.q[:, :, :prompt], replay.k[:, :, :prompt], replay.ctx.scale).mean())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from saccade import __version__
 from saccade.attach.layers import LayerCall, LayerRunner
 from saccade.attach.models import caches_latents, check_methods, layer_kinds, managed_layers, text_config
 from saccade.cache import KVLayer
-from saccade.core import HeadLayout, LayerContext, Plan, Prefill, Rotary, Selection
+from saccade.core import HeadLayout, LayerContext, Plan, Prefill, PromptReduction, Rotary, Selection
 from saccade.core.method import Info
 from saccade.evaluate.contenders import Contender, contender
 from saccade.evaluate.loading import DTYPES
@@ -116,55 +116,72 @@ class _Nothing(Prefill):
         return q.new_zeros(*q.shape[:3], v.shape[-1])
 
 
-def measured_bytes(shape: Shape, one: Contender, n: int, plans: Sequence[Plan] = (), seed: int = 0) -> list[int]:
-    """Bytes each managed layer holds after a prompt of n random tokens and its compression: keys, values, codes, indices, positions."""
-    runners, kept = {}, {}
-    generator = torch.Generator().manual_seed(seed)
-    layout, sequence = shape.layout, {}
-    rotary = Rotary(500_000.0 ** -torch.arange(0, 1, 2 / layout.head_dim))
+class Held(NamedTuple):
+    """Bytes of one layer: on the device (keys, values, codes, indices, positions), and moved to the host's memory."""
+
+    device: int
+    host: int
+
+
+def measured_bytes(shape: Shape, one: Contender, n: int, plans: Sequence[Plan] = (), seed: int = 0) -> list[Held]:
+    """What each managed layer holds after a prompt of n random tokens, its compression, and one decoding step where a decode method reads.
+
+    A method that reads the prompt and fills the cache as well runs as it is; of any other prefill method nothing is left in the cache, so
+    none is run. One that shortens the prompt leaves the tokens it keeps.
+    """
     methods: dict[str, Any] = one.methods
-    leader: KVLayer | None = None
-    for index in shape.managed:
+    reading = methods.get("prefill")
+    if isinstance(reading, PromptReduction):
+        n, reading = min(n, reading.size(n)), None
+    if reading not in [method for phase, method in methods.items() if phase != "prefill"]:
+        reading = None
+    generator = torch.Generator().manual_seed(seed)
+    layout, prompt, step = shape.layout, {}, {}
+    rotary = Rotary(500_000.0 ** -torch.arange(0, 1, 2 / layout.head_dim))
+
+    def call(m: int, layer: KVLayer, shared: dict[str, Any]) -> LayerCall:
+        """m further tokens, stored in the layer."""
         q, k, v = (
-            torch.randn(1, heads, n, layout.head_dim, generator=generator).to(shape.dtype)
+            torch.randn(1, heads, m, layout.head_dim, generator=generator).to(shape.dtype)
             for heads in (layout.query_heads, layout.kv_heads, layout.kv_heads)
         )
+        stored = layer.update(k, v)
+        return LayerCall(q=q, k=stored[0], v=stored[1], scale=layout.head_dim**-0.5, softcap=None, real=None, shared=shared)
+
+    runners, kept = {}, {}
+    leader: KVLayer | None = None
+    for index in shape.managed:
         layer = KVLayer()
         layer.leader = leader
         leader = leader or layer
-        stored = layer.update(k, v)
-        runner = LayerRunner(
-            layer=index, layers=shape.layers, prefill=_Nothing(), decode=methods.get("decode"), policy=methods.get("cache"),
+        runners[index] = runner = LayerRunner(
+            layer=index, layers=shape.layers, prefill=reading or _Nothing(), decode=methods.get("decode"), policy=methods.get("cache"),
             plans={plan.slug: plan for plan in plans}, when="prompt", impl="auto", seed=seed, rotary=rotary,
         )  # fmt: skip
-        runner.run(LayerCall(q=q, k=stored[0], v=stored[1], scale=layout.head_dim**-0.5, softcap=None, real=None, shared=sequence), layer)
-        runners[index], kept[index] = runner, layer
+        runner.run(call(n, layer, prompt), layer)
+        kept[index] = layer
     found = []
     for index, layer in kept.items():
         runners[index].end_prompt(layer)
         if "decode" in methods:
-            one_token = [
-                torch.randn(1, heads, 1, layout.head_dim, generator=generator).to(shape.dtype)
-                for heads in (layout.query_heads, layout.kv_heads, layout.kv_heads)
-            ]
-            stored = layer.update(one_token[1], one_token[2])
-            runners[index].run(
-                LayerCall(q=one_token[0], k=stored[0], v=stored[1], scale=layout.head_dim**-0.5, softcap=None, real=None, shared=sequence),
-                layer,
-            )
-        found.append(layer.kv_bytes + layer.side_bytes)
+            runners[index].run(call(1, layer, step), layer)
+        found.append(Held(layer.kv_bytes + layer.side_bytes, layer.host_bytes))
     return found
 
 
 def fit(
     shape: Shape, model: PreTrainedModel, specs: Sequence[str], *, memory: int, lengths: Sequence[int] = (8192, 32768, 131072),
-    plans: Sequence[Plan] = (), reserve: float = 0.1, tell: Callable[[str], None] = lambda _: None,
+    plans: Sequence[Plan] = (), reserve: float = 0.1, sizes: Sequence[int] | None = None, tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The result of `saccade fit`: for each method the bytes a token takes, the longest context at batch 1, the batch at `lengths`.
 
     memory: bytes in all; weights are taken off, and the share `reserve` for activations. Prompts are compressed layer by layer
-    (`when="call"`), so that one layer at a time is whole. A method that fails has its reason instead.
+    (`when="call"`), so that one layer at a time is whole. What is moved to the host's memory is told, and counts for nothing else. A method
+    that fails has its reason instead. sizes: three growing numbers of tokens at which bytes are measured; they should be longer than the
+    windows of the methods, which drop nothing below them: a row whose method frees memory and dropped nothing says so.
     """
+    sizes = list(SIZES if sizes is None else sizes)
+    check_sizes(sizes)
     room = memory * (1 - reserve) - shape.weights
     rows = []
     for spec in ["dense", *specs]:
@@ -172,7 +189,7 @@ def fit(
         try:
             one = contender(spec)
             check_methods(model, {place: one.methods.get(place) for place in ("prefill", "decode", "cache")})
-            rows.append(_row(shape, one, room, lengths, plans))
+            rows.append(_row(shape, one, room, lengths, plans, sizes))
         except Exception as error:  # said in its row; the others go on
             rows.append({"method": spec, "status": "failed", "error": str(error).splitlines()[0] or type(error).__name__})
         gc.collect()
@@ -184,19 +201,30 @@ def fit(
             "kv_heads": shape.layout.kv_heads, "head_dim": shape.layout.head_dim, "dtype": str(shape.dtype).removeprefix("torch."),
             "weight_bytes": shape.weights, "positions": shape.positions,
         },
-        "settings": {"memory": memory, "reserve": reserve, "lengths": list(lengths), "measured_at": list(SIZES)},
+        "settings": {"memory": memory, "reserve": reserve, "lengths": list(lengths), "measured_at": sizes},
         "rows": rows,
     }  # fmt: skip
 
 
-def _row(shape: Shape, one: Contender, room: float, lengths: Sequence[int], plans: Sequence[Plan]) -> dict[str, Any]:
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raise ValueError unless there are three growing numbers of tokens."""
+    if len(sizes) != 3 or not 0 < sizes[0] < sizes[1] < sizes[2]:
+        raise ValueError(f"bytes are measured at three growing sizes, not at {', '.join(map(str, sizes))}: give them like 2K,3K,4K")
+
+
+def _row(
+    shape: Shape, one: Contender, room: float, lengths: Sequence[int], plans: Sequence[Plan], sizes: Sequence[int]
+) -> dict[str, Any]:
     managed = len(shape.managed)
-    first, middle, last = (
-        managed * n * shape.token_bytes if one.dense else sum(measured_bytes(shape, one, n, plans)) for n in SIZES
-    )
-    slope = max(0.0, (last - first) / (SIZES[2] - SIZES[0]))
-    fixed = last - slope * SIZES[2]
-    straight = abs(middle - (fixed + slope * SIZES[1])) <= CURVED * middle
+    plain = [[Held(n * shape.token_bytes, 0)] * managed for n in sizes]
+    held_at = plain if one.dense else [measured_bytes(shape, one, n, plans) for n in sizes]
+    first, middle, last = (sum(layer.device for layer in layers) for layers in held_at)
+    hosts = [sum(layer.host for layer in layers) for layers in held_at]
+    slope = max(0.0, (last - first) / (sizes[2] - sizes[0]))
+    fixed = last - slope * sizes[2]
+    straight = abs(middle - (fixed + slope * sizes[1])) <= CURVED * middle
+    share = last / (sizes[2] * shape.token_bytes * managed)
+    idle = any(method.info.frees_memory for method in one.members) and share >= 1 and not hosts[2]
 
     def needed(n: float, batch: int = 1) -> float:
         held = fixed + slope * n
@@ -206,8 +234,9 @@ def _row(shape: Shape, one: Contender, room: float, lengths: Sequence[int], plan
 
     return {
         "method": one.spec, "status": "ok", "error": None, "token_bytes": slope, "fixed_bytes": fixed, "straight": straight,
-        "measured": dict(zip(map(str, SIZES), (first, middle, last), strict=True)),
-        "share": last / (SIZES[2] * shape.token_bytes * managed), "context": _largest(lambda n: needed(n) <= room),
+        "measured": dict(zip(map(str, sizes), (first, middle, last), strict=True)), "share": share, "idle": idle,
+        "host_token_bytes": max(0.0, (hosts[2] - hosts[0]) / (sizes[2] - sizes[0])),
+        "host_measured": dict(zip(map(str, sizes), hosts, strict=True)), "context": _largest(lambda n: needed(n) <= room),
         "batch": {str(n): _largest(lambda b, n=n: needed(n, b) <= room) for n in lengths},
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from saccade.evaluate.fidelity import LONGEST, Fidelity
 from saccade.evaluate.prompts import Codec, check_length
 from saccade.evaluate.tasks import Task, build, spec_of
 from saccade.evaluate.text import grammar as text_grammar
+from saccade.evaluate.throughput import STEPS, check_batches, measure_throughput
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def compare(
     attention: bool = True,
     name: str | None = None,
     options: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    steps: int = STEPS,
 ) -> dict[str, Any]:
     """Compare methods and return the result, a dict of schema "saccade.compare/1" (docs/compare-schema.md).
 
@@ -67,11 +70,13 @@ def compare(
     prompts of, in place of the shipped text. fidelity, attention: whether to measure errors by layer and draw one
     prompt's maps.
     name: the model's name in the result. options: arguments to repeat in the rows' commands.
+    batches: batch sizes whose decoding speed is measured after the cells, over so many `steps`, into the result's
+    "throughput"; with them `tasks` may be empty.
 
     A cell that fails is recorded with its reason and the rest goes on. Raises ValueError, before anything runs, on
     unknown methods or tasks, lengths below a task's minimum, numbers out of range and files that can't be written.
     """
-    check_settings(tasks, lengths, samples, mode)
+    check_settings(tasks, lengths, samples, mode, batches, steps)
     spot = Spot(model, Codec(tokenizer), text_grammar(text), "agnostic" if mode == "agnostic" else "aware", seed, warmed=set())
     chosen = list({spec_of(task): task for task in map(build, tasks)}.values())
     lengths = sorted(set(lengths))
@@ -89,6 +94,8 @@ def compare(
         "tasks": [spec_of(task) for task in chosen], "lengths": lengths, "samples": samples, "mode": mode, "seed": seed,
         "text": None if text is None else str(text), "methods": [contender.spec for contender in line],
     }  # fmt: skip
+    if batches:
+        settings |= {"batches": sorted(set(batches)), "steps": steps}
     label = name or str(getattr(model.config, "name_or_path", "") or type(model).__name__)
 
     def command(specs: Sequence[str], tasks: Sequence[str], lengths: Sequence[int]) -> str:
@@ -113,7 +120,7 @@ def compare(
             progress(Progress(done, len(cells), doing, sample, samples if sample else 0))
 
     with swept_heap():
-        line = prepared(line, spot, plans, {spec for _, _, spec in todo}, tell)
+        line = prepared(line, spot, plans, {one.spec for one in line} if batches else {spec for _, _, spec in todo}, tell)
         near: dict[tuple[str, int], dict[str, Fidelity]] = {}
         for task, length in ((task, length) for task in chosen for length in lengths):
             here = [contender for contender in line if (spec_of(task), length, contender.spec) in todo]
@@ -135,23 +142,35 @@ def compare(
                 if json_path is not None:
                     results.save(result, json_path)
                 tell(doing)
-        if attention and (result["attention"] is None or todo):
+        if attention and chosen and (result["attention"] is None or todo):
             tell("attention maps")
             draw(result, spot, [contender for contender in line if not contender.broken])
+        if batches:
+
+            def keep(rows: list[dict[str, Any]]) -> None:
+                result["throughput"] = rows
+                if json_path is not None:
+                    results.save(result, json_path)
+
+            known = result.get("throughput", [])
+            keep(measure_throughput(spot, line, lengths, batches, steps=steps, known=known, tell=tell, save=keep))
     if json_path is not None:
         results.save(result, json_path)
     return result
 
 
-def check_settings(tasks: Sequence[str | Task], lengths: Sequence[int], samples: int, mode: str) -> None:
+def check_settings(
+    tasks: Sequence[str | Task], lengths: Sequence[int], samples: int, mode: str, batches: Sequence[int] = (), steps: int = STEPS
+) -> None:
     """Raise ValueError for settings that no model could run."""
+    check_batches(batches, steps)
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: use aware (the question is compressed too) or agnostic (it comes after)")
     for what, value in (("samples", samples), *(("each length", length) for length in lengths)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
-    if not tasks or not lengths:
-        raise ValueError("nothing to run: give at least one task and one length")
+    if not (tasks or batches) or not lengths:
+        raise ValueError("nothing to run: give at least one task (or batch) and one length")
     for task in tasks:
         build(task)
 
@@ -162,6 +181,8 @@ def _take_over(result: dict[str, Any], old: dict[str, Any], path: str | Path) ->
     result["rows"] = list(old["rows"])
     result["attention"], result["notes"] = old.get("attention"), list(old.get("notes", []))
     result["created"] = old.get("created", result["created"])
+    if "throughput" in old:
+        result["throughput"] = list(old["throughput"])
     for name in ("tasks", "lengths", "methods"):
         before = old["settings"].get(name, [])
         result["settings"][name] = [*before, *(value for value in result["settings"][name] if value not in before)]
