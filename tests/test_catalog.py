@@ -33,7 +33,7 @@ def test_every_paper_stands_once():
     assert Counter(row.family for row in papers) == PAPERS_BY_FAMILY
     assert set(FAMILIES) == {*PAPERS_BY_FAMILY, "baseline"}
     assert {row.kind for row in papers} == set(KINDS)
-    assert [row.slug for row in catalog().values() if row.family == "baseline"] == ["dense", "random"]
+    assert [row.slug for row in catalog().values() if row.family == "baseline"] == ["dense", "random", "random-tiles", "softmax"]
 
 
 def test_titles_ids_and_claims_are_each_paper_s_own():
