@@ -42,7 +42,7 @@ test-all: $(VENV)/.installed ## run every test (those for a GPU only where there
 	$(PYTEST) -m "$(MARKS)"
 
 test-gpu: $(VENV)/.installed ## run the tests of the kernels on a GPU
-	$(PYTEST) -m "not slow" tests/ops
+	SACCADE_TEST_DEVICE=cuda $(PYTEST) -m "" tests/ops
 
 check: $(VENV)/.installed ## lint and check types
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Makes `AutoConfig` and `AutoModelForCausalLM` know saccade's models, without importing transformers before its user does.
 
 `watch` registers at once what can be; else it leaves a finder on `sys.meta_path` that waits for transformers' own modules and looks for
-nothing else. The models are made of `PreTrainedModel`, whose module may import that of the auto classes or the other way round, so
-they are registered when both have run.
+nothing else. The models are made of `PreTrainedModel`, whose module may import that of the auto classes, so they are registered when
+neither is half imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OURS = "saccade.models.decoder.model"
 def watch() -> None:
     """Register now, or as soon as transformers' auto classes are imported."""
     register()
-    if not (_has(_MODELS, "AutoModelForCausalLM") and _has(_BASE, "PreTrainedModel")):
+    if not _has(_OURS, "SaccadeForCausalLM"):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -38,8 +38,10 @@ def register() -> None:
         from saccade.models.decoder.config import SaccadeConfig
 
         sys.modules[_CONFIGS].AutoConfig.register(SaccadeConfig.model_type, SaccadeConfig, exist_ok=True)
-    half_way = _OURS in sys.modules and not _has(_OURS, "SaccadeForCausalLM")  # being imported: it registers at its end
-    if _has(_MODELS, "AutoModelForCausalLM") and _has(_BASE, "PreTrainedModel") and not half_way:
+    # what is being imported registers at its end
+    ends = ((_BASE, "PreTrainedModel"), (_OURS, "SaccadeForCausalLM"))
+    half_way = any(name in sys.modules and not _has(name, last) for name, last in ends)
+    if _has(_MODELS, "AutoModelForCausalLM") and not half_way:
         from saccade.models.decoder.config import SaccadeConfig
         from saccade.models.decoder.model import SaccadeForCausalLM, SaccadeModel
 

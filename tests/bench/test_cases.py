@@ -19,7 +19,7 @@ SIZES = [(op, grid, cuda) for op in grids.OPS for grid in grids.GRIDS for cuda i
 def test_cases_are_different_and_fit_the_gpu(op: str, grid: str, cuda: bool) -> None:
     cases = grids.cases(op, grid, cuda=cuda)
     labels = [(case.label, case.grad) for case in cases]
-    assert len(set(labels)) == len(labels) >= 8
+    assert len(set(labels)) == len(labels) >= 5
     assert all(0 < case.need < 139e9 for case in cases) and all(case.shape["n"] > 0 for case in cases)
 
 

@@ -35,6 +35,7 @@ def check_schema(found: dict[str, Any], op: str) -> None:
     assert {"saccade"} < {row["contestant"] for row in found["rows"]}
 
 
+@pytest.mark.slow
 def test_the_quick_grid_of_attend(tmp_path: Path) -> None:
     out, page = tmp_path / "bench.json", tmp_path / "bench.html"
     done = bench("attend", "--grid", "quick", "--device", "cpu", "--check", "--json", str(out), "--html", str(page))
@@ -63,6 +64,7 @@ def test_the_quick_grid_of_attend(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("op", SOME)
+@pytest.mark.slow
 def test_some_of_each_other_grid(op: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     picks = [word for name in SOME[op] for word in ("--case", name)]

@@ -40,6 +40,7 @@ def test_bytes_are_those_of_an_attached_model(folder: Path, spec: str) -> None:
     assert sum(layer.device for layer in held) == pytest.approx(own.kv_bytes + own.index_bytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_it_says_fits_does_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A memory in which the line allows some hundred tokens: the bytes measured there fill it, and not more."""
     monkeypatch.setattr(fitting, "SIZES", (256, 384, 512))
@@ -89,6 +90,7 @@ def test_methods_that_read_the_prompt_and_hold_it_too_are_measured_as_they_are(f
         assert own.kv_bytes < 0.4 * dense  # a quarter, and room for the next tokens
 
 
+@pytest.mark.slow
 def test_host_memory_has_a_column_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "SIZES", (192, 256, 320))
     shape, model = fitting.shape_of(str(folder), dtype="float32")

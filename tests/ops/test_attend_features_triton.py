@@ -12,6 +12,7 @@ from torch import Tensor
 import saccade
 from saccade.core import Partial, Selection
 from saccade.ops import ExtraKeys, attend
+from tests.ops.marks import long_when_interpreted
 
 from .attend_cases import FEATURES, inputs, leaves, options, selection
 
@@ -66,10 +67,12 @@ def test_not_causal(feature: str) -> None:
 
 @pytest.mark.parametrize("kind", ["tiles", "odd tiles", "singles"])
 @pytest.mark.parametrize("features", [("positions", "sinks"), ("lengths", "starts", "low rank"), ("sequences",)])
+@long_when_interpreted
 def test_selections(features: tuple[str, ...], kind: str) -> None:
     check(features, kind)
 
 
+@long_when_interpreted
 def test_all_at_once() -> None:
     check(("positions by query head", "lengths", "starts", "sinks", "low rank"), "tiles", softcap=2.0, scale=-0.3)
 
@@ -78,6 +81,7 @@ def test_half_precision() -> None:
     check(("positions", "lengths", "sinks", "low rank"), "tiles", dtype=torch.float16)
 
 
+@long_when_interpreted
 def test_many_tiles_of_queries_and_keys() -> None:
     """Tiles that need no mask, tiles cut on the left, and tiles that nothing reads."""
     for features in (("lengths",), ("sequences",)):

@@ -12,6 +12,7 @@ from torch import Tensor
 import saccade
 from saccade.core import Rotary, Selection
 from saccade.ops.decode import decode_low_rank, low_rank
+from tests.ops.marks import long_when_interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -257,6 +258,7 @@ def test_buffers_full_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(got, want[0])
 
 
+@long_when_interpreted
 def test_split_over_keys() -> None:
     from saccade.ops.decode.triton.low_rank import attend
     from saccade.ops.decode.triton.plan import Config
@@ -270,6 +272,7 @@ def test_split_over_keys() -> None:
     assert torch.allclose(one, many, atol=1e-5) and torch.allclose(lse_one, lse, atol=1e-5)
 
 
+@long_when_interpreted
 def test_through_the_compiler() -> None:
     case, (turn, positions, _) = draw(n=40, batch=1).to(torch.float32), positioned(40, 16)
     inv_freq = turn.inv_freq

@@ -11,6 +11,7 @@ from saccade.core import Partial, Selection
 from saccade.ops import decode
 from saccade.ops.decode import Packed, decode_quantised
 from saccade.ops.quant import hadamard
+from tests.ops.marks import long_when_interpreted
 
 pytest.importorskip("triton")
 
@@ -206,6 +207,7 @@ def test_the_same_bits_every_time(split: None) -> None:
     assert torch.equal(a.out, b.out) and torch.equal(a.lse, b.lse)
 
 
+@long_when_interpreted
 def test_compiles_in_one_graph() -> None:
     q, k, v = (random(i, 1, h, m, 32) for i, (h, m) in enumerate([(2, 1), (1, 50), (1, 50)]))
     s = Selection.from_token_mask(torch.ones(1, 1, 1, 50, dtype=torch.bool, device=DEVICE), block_q=1, n_q=1, block_k=4)
@@ -289,6 +291,7 @@ def test_channel_keys_and_token_values(bits: int, dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
+@long_when_interpreted
 def test_forms_of_packing(keys: dict[str, object], values: dict[str, object]) -> None:
     q, k, v = (random(i, 1, h, m, 64, dtype=torch.bfloat16) for i, (h, m) in enumerate([(4, 2), (2, 100), (2, 100)]))
     compare_packed(q, k, v, keys, values)

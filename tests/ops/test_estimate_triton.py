@@ -11,6 +11,7 @@ from saccade.core import Selection
 from saccade.ops import estimate
 from saccade.ops.estimate import TileGrid, choose_threshold, choose_top_k, choose_top_p
 from saccade.ops.gpu import has_triton
+from tests.ops.marks import long_when_interpreted
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,6 +64,7 @@ def compare(run: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor) 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@long_when_interpreted
 def test_one_vector_per_block(case: tuple[int, int, int, int, int, torch.dtype]) -> None:
     q, k = tensors(*case)
     compare(lambda q, k, impl: estimate.pooled_scores(q, k, 16, 24, impl=impl), q, k)
@@ -124,6 +126,7 @@ def test_tile_maxima_of_few_bits(case: tuple[int, int, int, int, int, torch.dtyp
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@long_when_interpreted
 def test_probabilities_of_tiles(case: tuple[int, int, int, int, int, torch.dtype]) -> None:
     q, k = tensors(*case)
     compare(lambda q, k, impl: estimate.pooled_probabilities(q, k, 16, 32, impl=impl), q, k)
@@ -137,6 +140,7 @@ def everything(sums: estimate.RowSums) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@long_when_interpreted
 def test_sums_of_rows(case: tuple[int, int, int, int, int, torch.dtype]) -> None:
     q, k = tensors(*case)
     compare(lambda q, k, impl: torch.cat(everything(estimate.row_sums(q, k, diagonals=True, impl=impl)), -1), q, k)
@@ -195,6 +199,7 @@ def test_choices_equal_the_reference(seed: int) -> None:
     both(choose_threshold, scores, 0.25, **options)
 
 
+@long_when_interpreted
 def test_pooled_choice_end_to_end_and_again() -> None:
     q, k = tensors(2, 1, 40, 50, 64, BF16)
     grid = TileGrid.of(q, k, 16, 16)

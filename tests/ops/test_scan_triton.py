@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.marks import long_when_interpreted
+
 pytest.importorskip("triton")
 
 import saccade
@@ -106,6 +108,7 @@ def allowed(dtype: torch.dtype) -> float:
     ("gate", "delta", "dtype"),
     [(*form, torch.float32) for form in FORMS] + [(*form, torch.float16) for form in (FORMS if CUDA else HALF)],
 )
+@long_when_interpreted
 def test_forward_in_segments(gate: str, delta: bool, dtype: torch.dtype, short: None) -> None:
     tensors, options = inputs(gate, delta, dtype)
     exact, last = scan(*doubled(tensors, options)[0], **doubled(tensors, options)[1], impl="reference")
@@ -141,6 +144,7 @@ def test_shapes(gate: str, delta: bool, n: int, d: int, dv: int, heads: tuple[in
 
 
 @pytest.mark.parametrize(("gate", "delta"), FORMS)
+@long_when_interpreted
 def test_packed_sequences(gate: str, delta: bool, short: None) -> None:
     ends = [0, 1, 36, 36, 45]
     tensors, options = inputs(gate, delta, n=45, d=16, dv=16, sequences=4, heads=(1, 1, 1))
@@ -154,6 +158,7 @@ def test_packed_sequences(gate: str, delta: bool, short: None) -> None:
 
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("gate", ["head", "token", "channel"])
+@long_when_interpreted
 def test_long_decays(gate: str, delta: bool, short: None) -> None:
     """Gates down to -50 a token among gates near 0, and one that forgets all: finite, and as good as the recurrence in float32."""
     tensors, options = inputs(gate, delta, n=128 if CUDA else 70, d=16, dv=16, heads=(1, 1, 1), strength=50.0)
@@ -209,6 +214,7 @@ def test_gradients(gate: str, delta: bool, dtype: torch.dtype, short: None) -> N
 
 
 @pytest.mark.parametrize(("gate", "delta"), [("token", True), ("channel", True)])
+@long_when_interpreted
 def test_gradients_in_chunks_of_64(gate: str, delta: bool) -> None:
     """The tiles of 16 bits, in one piece; the chunked form in the same dtype of inputs is what plain torch gives."""
     n, dtype = 67, torch.bfloat16
@@ -220,6 +226,7 @@ def test_gradients_in_chunks_of_64(gate: str, delta: bool) -> None:
 
 
 @pytest.mark.parametrize(("gate", "delta"), [("head", True), ("token", True), ("channel", False), ("channel", True)])
+@long_when_interpreted
 def test_gradients_under_long_decays(gate: str, delta: bool, short: None) -> None:
     """Gates down to -10000 a token among gates near 0, and one of -inf: finite, and as good as the recurrence in float32."""
     n = 40
@@ -248,6 +255,7 @@ def test_gradient_of_a_gate_that_all_tokens_share(delta: bool, seed: int, short:
 
 
 @pytest.mark.parametrize(("gate", "delta"), [("token", False), ("none", True), ("channel", True)])
+@long_when_interpreted
 def test_gradients_of_packed_sequences(gate: str, delta: bool, short: None) -> None:
     cu = torch.tensor([0, 1, 36, 36, 45], device=DEVICE)
     tensors, options = inputs(gate, delta, n=45, d=16, dv=16, sequences=4, heads=(1, 1, 1))
@@ -279,6 +287,7 @@ def test_layouts_and_determinism(short: None) -> None:
 
 
 @pytest.mark.parametrize(("gate", "delta"), [("token", False), ("channel", True)])
+@long_when_interpreted
 def test_compiles_into_one_graph(gate: str, delta: bool) -> None:
     tensors, options = inputs(gate, delta, n=20, d=16, dv=16, heads=(1, 1, 1))
     q = tensors[0].requires_grad_()

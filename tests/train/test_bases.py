@@ -28,6 +28,7 @@ def start() -> Plan:
     return saccade.calibrate(tiny("llama"), "matryoshkakv", [spoken(0)])
 
 
+@pytest.mark.slow
 def test_training_lowers_what_a_quarter_of_the_coordinates_loses() -> None:
     model, log = tiny("llama"), []
     before = {name: p.clone() for name, p in model.named_parameters()}

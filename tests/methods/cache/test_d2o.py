@@ -196,6 +196,7 @@ def test_errors_fall_from_h2o_to_d2o_on_clustered_keys(seed: int) -> None:
     assert found["cosine"] < found["h2o"] and found["counted"] < found["d2o"]
 
 
+@pytest.mark.slow
 def test_pocket_layer_budgets_help_and_the_floor_is_beaten() -> None:
     """Half the cache in all layers. Measured, bits from dense, at a half / a quarter: random 0.149 / 0.275, H2O 0.090 / 0.196, layer
     budgets without folding 0.082 / 0.191, D2O 0.123 / 0.229: on this model folding into rotated keys costs more than dropping.
