@@ -41,6 +41,8 @@ def cpu_flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """torch's fused CPU attention and its log-sum-exp `(B, H, m)`; `added` is an additive mask in the dtype of q."""
+    # the kernel takes the channels of a row to lie side by side, and does not look
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
     # the kernel lays the log-sum-exp out as (B, m, H) in memory and returns a transposed view
     return out, lse if lse.shape == q.shape[:3] else lse.transpose(1, 2)

@@ -24,7 +24,7 @@ def band_partial(
     held_k, held_v `(B, window, Hk, D)`: the tokens before, the newest last, of which the last `start (B,)` exist. Query heads are equal
     groups over the key heads. scale: default `D ** -0.5`. Computed in float32 at least.
     """
-    b, heads, n, d = q.shape
+    n, d = q.shape[2:]
     wide = torch.promote_types(q.dtype, torch.float32)
     size = min(max(window, SMALLEST_BLOCK), n)
     blocks = -(-n // size)

@@ -1,0 +1,1 @@
+"""Hybrids: exact attention over a part, a cheap summary of the rest."""
