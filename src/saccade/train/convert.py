@@ -93,7 +93,7 @@ def swap(teacher: PreTrainedModel, to: str, pattern: str = "pure", seed: int = 0
     facts = _facts(teacher)
     config = teacher.config
     kept = f"softmax(theta={facts['theta']!r}, bias={facts['bias']})"
-    specs = schedule(  # pyright: ignore[reportCallIssue]
+    specs = schedule(
         pattern, config.num_hidden_layers, _fitted(to, facts), build_mixer(kept).spec
     )
     shape = SaccadeConfig(

@@ -8,7 +8,7 @@ from typing import Any
 # name -> module; found on first use: transformers asks for the configuration before it has its own model classes
 _HOMES = {
     "SaccadeConfig": "config", "SaccadeForCausalLM": "model", "SaccadeModel": "model", "load_cache": "saving", "save_cache": "saving",
-    "schedule": "schedule",
+    "schedule": "patterns",
 }  # fmt: skip
 
 __all__ = ["SaccadeConfig", "SaccadeForCausalLM", "SaccadeModel", "load_cache", "save_cache", "schedule"]  # pyright: ignore[reportUnsupportedDunderAll]
