@@ -29,8 +29,8 @@ SCHEMA = "saccade.study-recall/1"
 SOLVED = 0.95  # an accuracy from which on the task counts as solved
 LLAMA = "llama"  # a contestant of its own: the transformer of the transformers library, for comparison
 CONTESTANTS = (
-    "softmax", "lightning-attention", "deltanet", "gated-deltanet", "kimi-linear", "based", "lightning-attention*3,softmax",
-    "deltanet*3,softmax", "kimi-linear*3,softmax",
+    "softmax", "lightning-attention", "deltanet", "kimi-linear(gate='token')", "kimi-linear", "based",
+    "lightning-attention*3,softmax", "deltanet*3,softmax", "kimi-linear*3,softmax",
 )  # fmt: skip
 _TIMES = re.compile(r"(.+?)\s*\*\s*(\d+)", re.DOTALL)
 
