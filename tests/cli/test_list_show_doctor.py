@@ -115,7 +115,8 @@ def test_show_of_what_runs_here(slug: str):
     assert (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0] in text
     for field in dataclasses.fields(cls):
         assert field.name in text
-    assert f'saccade.attach(model, {cls.info.phase}="{slug}"' in text
+    use = f'saccade.mixer("{slug}"' if cls.info.phase == "mixer" else f'saccade.attach(model, {cls.info.phase}="{slug}"'
+    assert use in text
     assert ("plan=plan" in text) == ("calibration" in cls.info.needs)
     page = json.loads(run("show", slug, "--json").stdout)
     assert [field["name"] for field in page["fields"]] == [field.name for field in dataclasses.fields(cls)]

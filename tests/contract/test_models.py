@@ -10,7 +10,7 @@ from tests.contract.harness import METHODS, SAME, attached, error, greedy, info,
 from tests.contract.models import FAMILIES, tiny
 
 # families that differ in what reaches attention: heads, latents, softcap, windows, no rotary embedding; others run with the slow tests
-DIFFERENT = {"llama-mqa", "gemma2", "gpt2", "deepseek-v3", "qwen3"}
+DIFFERENT = {"gemma2", "gpt2", "deepseek-v3"}
 
 # (family, method) to the reason; "*" stands for every method
 REFUSED = {
