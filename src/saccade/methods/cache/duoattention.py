@@ -6,7 +6,7 @@ Offline (`saccade.train.gates`), every key/value head gets a gate a in [0, 1] th
 
 and the gates alone are trained, so that the last hidden states stay as they are on answers that stand far back, under a penalty on |a|.
 Heads whose gate is among the highest `share` of the model are retrieval heads. Both phases and the cache are split accordingly
-(`parts/split_heads.py`): retrieval heads are dense and keep everything, streaming heads read and hold sinks and recent tokens.
+(`methods/split_heads.py`): retrieval heads are dense and keep everything, streaming heads read and hold sinks and recent tokens.
 
 Source: duoattention, arXiv 2410.10819, sections 2 and 3. Chosen here: the window moves in blocks, as the released prefill kernel does, so
 that a query sees `recent` to `recent + block` tokens; equal gates are told apart by layer and head instead of by noise.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saccade.core import Info, LayerContext, register
-from saccade.parts.split_heads import SplitHeads
+from saccade.methods.split_heads import SplitHeads
 
 
 @register

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class Chain(FeatureMap):
 
     def width(self, dim: int) -> int:
         for one in self.maps:
-            dim = one.width(dim)  # type: ignore[operator]
+            dim = cast(FeatureMap, one).width(dim)
         return dim
 
     def forward(self, x: Tensor) -> Tensor:

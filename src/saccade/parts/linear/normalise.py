@@ -6,7 +6,7 @@ change what was read (`after`).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +107,10 @@ class Together(Normaliser):
 
     def before(self, v: Tensor, call: Call) -> Tensor:
         for part in self.parts:
-            v = part.before(v, call)  # type: ignore[operator]
+            v = cast(Normaliser, part).before(v, call)
         return v
 
     def after(self, out: Tensor, call: Call, level: Tensor | None) -> Tensor:
         for part in self.parts:
-            out = part.after(out, call, level)  # type: ignore[operator]
+            out = cast(Normaliser, part).after(out, call, level)
         return out
