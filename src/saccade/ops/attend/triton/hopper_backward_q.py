@@ -61,6 +61,34 @@ def bring_keys(descs, strides, sizes, lists, work, smem, bars, BN: gl.constexpr,
 
 
 @gluon.jit
+def query_step(
+    q, do, dq, slot, phase, begin, keys, position, lse2, delta, scale2, k_smem, v_smem, bars,
+    MASK: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Keys begin ... begin + BN - 1, which lie in `slot`; with MASK those after `position` are left out."""
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = bars
+    dtype: gl.constexpr = k_smem.dtype
+    ROWS: gl.constexpr = q.shape[0]
+    BN: gl.constexpr = k_smem.shape[1]
+    zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
+    mbarrier.wait(k_full.index(slot), phase)
+    s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(slot), phase)
+    dp = warpgroup_mma(do, v_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    p = gl.exp2(s * scale2 - lse2[:, None])
+    if MASK:
+        p = gl.where((begin + keys)[None, :] <= position[:, None], p, 0.0)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    mbarrier.arrive(v_empty.index(slot), count=1)
+    ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), p_layout)
+    dq = warpgroup_mma(ds, k_smem.index(slot), dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    return dq
+
+
+@gluon.jit
 def query_gradient(
     WHICH: gl.constexpr, pointers, scale, sizes, lists, work, smem, bars,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, INNER: gl.constexpr, CAUSAL: gl.constexpr, LISTED: gl.constexpr,
@@ -68,7 +96,7 @@ def query_gradient(
     """Half a tile of queries at a time: dQ = scale sum_j (P_j * (dO V_j^T - delta)) K_j."""
     dq_ptr, lse2_ptr, delta_ptr = pointers
     q_smem, do_smem, k_smem, v_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_full, q_empty = bars[0], bars[1]
     n_q, n_k, heads = sizes[0], sizes[1], sizes[2]
     dtype: gl.constexpr = q_smem.dtype
     ROWS: gl.constexpr = q_smem.shape[1]
@@ -79,7 +107,6 @@ def query_gradient(
     rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     keys = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     cols = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-    zero = gl.zeros([ROWS, BN], gl.float32, s_layout)
     q = q_smem.index(WHICH)
     do = do_smem.index(WHICH)
     scale2 = scale * 1.4426950408889634
@@ -105,37 +132,16 @@ def query_gradient(
         mbarrier.wait(q_full.index(WHICH), turn & 1)
         for j in range(0, cut):
             begin = tile_begin(starts, j, count, BN, INNER, LISTED)
-            slot = step % STAGES
-            phase = (step // STAGES) & 1
-            mbarrier.wait(k_full.index(slot), phase)
-            s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(slot), phase)
-            dp = warpgroup_mma(do, v_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            p = gl.exp2(s * scale2 - lse2[:, None])
-            p = gl.where((begin + keys)[None, :] <= position[:, None], p, 0.0)
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            mbarrier.arrive(v_empty.index(slot), count=1)
-            ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), p_layout)
-            dq = warpgroup_mma(ds, k_smem.index(slot), dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            dq = query_step(
+                q, do, dq, step % STAGES, (step // STAGES) & 1, begin, keys, position, lse2, delta, scale2, k_smem, v_smem, bars, True,
+                s_layout, p_layout,
+            )  # fmt: skip
             step += 1
         for _ in range(cut, count):
-            slot = step % STAGES
-            phase = (step // STAGES) & 1
-            mbarrier.wait(k_full.index(slot), phase)
-            s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(slot), phase)
-            dp = warpgroup_mma(do, v_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            p = gl.exp2(s * scale2 - lse2[:, None])
-            dp = warpgroup_mma_wait(0, deps=[dp])
-            mbarrier.arrive(v_empty.index(slot), count=1)
-            ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), p_layout)
-            dq = warpgroup_mma(ds, k_smem.index(slot), dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            dq = query_step(
+                q, do, dq, step % STAGES, (step // STAGES) & 1, 0, keys, position, lse2, delta, scale2, k_smem, v_smem, bars, False,
+                s_layout, p_layout,
+            )  # fmt: skip
             step += 1
         mbarrier.arrive(q_empty.index(WHICH), count=1)
         row_o = gl.arange(0, ROWS, layout=rows_o)
