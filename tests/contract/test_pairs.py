@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import saccade
 from saccade.attach import Session
 from saccade.core import Rebuilding
 from saccade.methods import build
-from tests.contract.harness import METHODS, greedy, info, llama, opened, plan, sparse, tokens
+from tests.contract.harness import METHODS, SAME, error, greedy, info, llama, opened, plan, sparse, tokens
 
 TYPICAL = {"minference", "snapkv", "zipcache", "quest"}
 
@@ -26,16 +27,20 @@ def pair(a: str, b: str) -> object:
 
 PAIRS = [pair(a, b) for a, b in combinations(sorted(METHODS), 2) if info(a).phase != info(b).phase]
 POLICIES = [slug for slug in sorted(METHODS) if info(slug).phase == "cache"]
+ENCODERS = [slug for slug in sorted(METHODS) if info(slug).encodes and "decode" not in {info(slug).phase, *info(slug).also}]
+OVER = [pair(a, b) for a in ENCODERS for b in sorted(METHODS) if info(b).reads_encoded]
 ROWS = [pair(a, b) for a in POLICIES for b in POLICIES if a != b and info(b).encodes]
 
 
 def refused(a: str, b: str) -> str | None:
-    """Why a pair makes no sense: a decode method picks single entries of heads that hold equally many; a phase has one method."""
+    """Why a pair makes no sense: a decode method picks single entries of heads that hold equally many, and not all of them can read
+    encoded ones; a phase has one method."""
     for one, other in ((a, b), (b, a)):
         if info(other).phase in info(one).also:
             return f"{one} acts on the {info(other).phase} phase too"
         decodes = info(other).phase == "decode" or "decode" in info(other).also
-        if info(one).phase == "cache" and decodes and (info(one).encodes or info(one).ragged):
+        encoded = info(one).encodes and not info(other).reads_encoded
+        if "cache" in {info(one).phase, *info(one).also} and decodes and (encoded or info(one).ragged):
             return "use one of the two"
     shared = (info(a).also & info(b).also) - {info(a).phase, info(b).phase}
     return "phase too" if shared else None
@@ -69,6 +74,24 @@ def test_pair(a: str, b: str) -> None:
         assert stats.decode_density is not None and stats.decode_density < 0.95
     if "prefill" in (info(a).phase, info(b).phase):
         assert stats.prefill_density is not None and stats.prefill_density < 1
+
+
+@pytest.mark.parametrize(("encoder", "decode"), OVER, ids=lambda slug: slug)
+def test_decode_methods_read_encoded_entries(encoder: str, decode: str) -> None:
+    """Opened it is the encoded cache alone; else it counts the pairs that it chose, and its choice is made of decoded keys."""
+    ids = tokens(2, 70)
+    ids[0, :9] = 0
+    given = {"attention_mask": (ids > 0).long(), "output_logits": True, "return_dict_in_generate": True}
+    ran, densities = [], []
+    for spec in (None, opened(decode), sparse(decode)):
+        specs = {info(encoder).phase: sparse(encoder)} | ({} if spec is None else {"decode": spec})
+        with saccade.attach(llama(), **specs, plan=plans(*specs.values())) as handle:
+            out: Any = greedy(llama(), ids, 6, **given)
+            ran.append(torch.stack(out.logits))
+            densities.append(handle.stats().decode_density)
+            assert any(segment.encoded for segment in out.past_key_values.layers[0].segments), "nothing was encoded, so nothing is shown"
+    assert error(ran[0], ran[1]) < SAME and bool(ran[2].isfinite().all())
+    assert densities[2] < 0.95 * densities[1] and densities[1] == densities[0]
 
 
 @pytest.mark.parametrize(("a", "b"), ROWS, ids=lambda slug: slug)

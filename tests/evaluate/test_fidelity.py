@@ -161,3 +161,11 @@ def test_the_floor_takes_the_smallest_budget_of_the_cache_policies() -> None:
     assert specs(["snapkv( budget = 0.5 )", "dense", "snapkv(budget=0.5)"])[2:] == ["snapkv(budget=0.5)"]
     with pytest.raises(ValueError, match="two cache methods"):
         specs(["snapkv+h2o"])
+
+
+def test_what_is_chosen_among_encoded_entries_is_what_is_read(pocket: Pocket, ids: list[int]) -> None:
+    alone, beside = "quest(budget=0.25, dense_layers=0)", "zipcache+quest(budget=0.25, dense_layers=0)"
+    found = measure(pocket[0], ids, PROMPT, [contender(spec) for spec in (alone, beside)])
+    assert all(fidelity.broken is None for fidelity in found.values())
+    pairs = list(zip(found[beside].mass, found[alone].mass, strict=True))
+    assert all(mass < 0.999 and abs(mass - other) < 0.1 for mass, other in pairs), "nearly the same pages, by restored keys"

@@ -25,25 +25,34 @@ class Captured:
     scale: float
 
 
+Callback = Callable[[LayerContext, Tensor, Tensor, Tensor, Tensor], None]
+Dense = Callable[[LayerContext, Tensor, Tensor, Tensor], Tensor]
+
+
 class _Reader(Prefill):
-    """Dense attention that hands q, k, v to a callback."""
+    """Dense attention, or what gives the same, that hands q, k, v to a callback."""
 
     info = Info(slug="reader", phase="prefill")
-    callback: Callable[[LayerContext, Tensor, Tensor, Tensor, Tensor], None]
+    callback: Callback
+    dense: Dense | None
 
     def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         return Selection.full(q.shape[2], k.shape[2], device=q.device)
 
     def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = ctx.attend(q, k, v, None)
+        out = ctx.attend(q, k, v, None) if self.dense is None else self.dense(ctx, q, k, v)
         self.callback(ctx, q, k, v, out)
         return out
 
 
-def reading_session(model: PreTrainedModel, callback: Callable[[LayerContext, Tensor, Tensor, Tensor, Tensor], None]) -> Session:
-    """A session in which every prompt runs densely and each layer's q, k, v and output go to the callback as well."""
+def reading_session(model: PreTrainedModel, callback: Callback, dense: Dense | None = None) -> Session:
+    """A session in which every prompt runs densely and each layer's q, k, v and output go to the callback as well.
+
+    dense: what works out the output `(B, Hq, N, Dv)` of a layer in place of dense attention, for those who need its scores too.
+    """
     reader = _Reader()
     object.__setattr__(reader, "callback", callback)
+    object.__setattr__(reader, "dense", dense)
     return Session(model, reader, None, None, {}, "prompt", "auto", 0)
 
 

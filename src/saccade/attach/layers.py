@@ -12,9 +12,10 @@ from torch import Tensor
 
 from saccade.attach.calls import attention_calls
 from saccade.attach.layercall import LayerCall, between_calls, hidden_of, row_of_call, rows_of, scatter
-from saccade.attach.reading import by_row, read_segment, read_tail, tail_weights
+from saccade.attach.reading import by_row, read_segment, read_tail, reading_encoded, tail_weights
 from saccade.attach.stats import LayerStats, computed_pairs
 from saccade.cache import CallFacts, KVLayer, PackedSegment, Segment, Slots
+from saccade.cache.mixed import MixedEntries, ragged_rows
 from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Phase, Plan, Prefill, Rotary, Selection, merge
 from saccade.parts.merging import LOG_WEIGHT
 
@@ -47,6 +48,9 @@ class LayerRunner:
             parts = [self._without_cache(call, row) for row in rows]
         else:
             layer.facts = CallFacts(layout=HeadLayout.of(call.q, call.k, call.v), scale=call.scale, softcap=call.softcap)
+            if self._over_encoded(layer) and ragged_rows(layer.segments):
+                # a decode method meets equally many entries of every row it is given
+                layer.states.split(call.q.shape[0])
             rows = layer.rows()
             parts = [self._with_cache(call, layer, row) for row in rows]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -67,7 +71,7 @@ class LayerRunner:
         if m == 0:
             return call.q.new_zeros(1, call.q.shape[1], call.q.shape[2], call.v.shape[-1])
         owner = self.policy is not None and self.policy in (self.prefill, self.decode)  # of the sealed segments
-        if row is not None and owner:
+        if row is not None and (owner or self._over_encoded(layer)):
             layer.segments = by_row(layer.segments, len(layer.lengths()))
         segments = [s for s in layer.segments if s.row is None or s.row == row]
         k, v = self._entries(call, layer, row)
@@ -79,7 +83,9 @@ class LayerRunner:
         if method is not None and method == self.policy and method.info.ragged:
             # heads that hold different numbers of entries are this method's own doing: it reads them as they lie
             segments = [s.of_row(row or 0) if isinstance(s, PackedSegment) else s for s in segments]
-        elif method is not None and row is not None and packed and (owner or len(packed) == len(segments)):
+        elif method is not None and row is not None and packed and (
+            owner or len(packed) == len(segments) or (phase == "decode" and self._over_encoded(layer))
+        ):
             # a method picks single entries, so ragged storage is laid out as one rectangle for it (a copy)
             joined = layer.open(row)
             if joined.valid is not None:
@@ -150,7 +156,12 @@ class LayerRunner:
     ) -> Tensor:  # fmt: skip
         """Decoding: single steps, or a few guessed tokens to be verified, each handled as if it had come alone."""
         m, n = q.shape[2], k.shape[2]
-        if self.decode is None or (segments and self.decode != self.policy):
+        mixed = self.decode is not None and bool(segments) and self.decode != self.policy
+        if mixed and self.decode is not None and not self.decode.info.reads_encoded:
+            raise ValueError(
+                f"{self.decode.info.slug} reads keys in full precision, and this cache holds encoded ones: leave it out for this cache"
+            )
+        if self.decode is None:
             sealed = sum(s.length for s in segments)
             parts = [read_segment(s, q, row, ctx) for s in segments]
             if not segments or n:
@@ -161,13 +172,20 @@ class LayerRunner:
         outs = []
         for i in range(m):
             end = n - m + i + 1
-            step = replace(ctx, seen=ctx.seen - m + i + 1, shared=ctx.shared.setdefault(f"query {i}", {}), segments=segments)
-            outs.append(self._step(step, layer, q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end], row))
+            step = replace(ctx, seen=ctx.seen - m + i + 1, shared=ctx.shared.setdefault(f"query {i}", {}))
+            entries = MixedEntries(tuple(segments) if mixed else (), k[:, :, :end], v[:, :, :end])
+            step = reading_encoded(step, entries) if mixed else replace(step, segments=segments)
+            outs.append(self._step(step, layer, q[:, :, i : i + 1], entries, row))
         return torch.cat(outs, dim=2)
 
-    def _step(self, ctx: LayerContext, layer: KVLayer, q: Tensor, k: Tensor, v: Tensor, row: int | None) -> Tensor:
+    def _over_encoded(self, layer: KVLayer) -> bool:
+        """Whether a decode method reads entries that a cache policy of another name has encoded."""
+        return self.decode is not None and self.decode != self.policy and any(segment.encoded for segment in layer.segments)
+
+    def _step(self, ctx: LayerContext, layer: KVLayer, q: Tensor, entries: MixedEntries, row: int | None) -> Tensor:
         """One query by the decode method, with an index that is up to date."""
         assert self.decode is not None
+        k, v = entries.shapes if entries.segments else (entries.k, entries.v)
         self.stats.decode.add(0, ctx.seen)
         policy = self.decode.layer_policy(self.layer, self.layers)
         if policy == "dense":
@@ -176,9 +194,9 @@ class LayerRunner:
             return ctx.attend(q, k, v, ctx.published(policy))
         bookkeeping = layer.states.get("observed", row)
         start = bookkeeping.get("n", 0)
-        if start < k.shape[2]:
-            self.decode.observe(ctx, k[:, :, start:], v[:, :, start:], start)
-            bookkeeping["n"] = k.shape[2]
+        for begin, keys, values in entries.pieces(start):
+            self.decode.observe(ctx, keys, values, begin)
+        bookkeeping["n"] = max(start, k.shape[2])
         return self.decode.attend(ctx, q, k, v)
 
     # -- cache policies ----------------------------------------------------------------------------------------------------
@@ -193,6 +211,8 @@ class LayerRunner:
         if self.decode is not None and layer.tail is not None:
             for row in layer.rows():
                 n = layer.tail.n if row is None else layer.tail_row(row).keys.shape[2]
+                if self._over_encoded(layer):
+                    n = min(layer.lengths()[row or 0])
                 bookkeeping = layer.states.get("observed", row)
                 if bookkeeping.get("n", 0) > n:
                     ctx = self._context(None, row, layer, seen=layer.seen, phase="decode")
@@ -261,7 +281,9 @@ class LayerRunner:
                 ctx = self._context(None, row, layer, seen=layer.seen, phase="cache")
                 self.policy.compress(ctx, slots)
             opened.append((row, slots))
-        moved = any(slots.moved for _, slots in opened)
+        # a decode method's slots run on through what is sealed, unless the sealed part is its own
+        own = self.decode is not None and self.decode == self.policy
+        moved = any(slots.moved if own else slots.reordered for _, slots in opened)
         layer.close(opened)
         if moved:
             for row in layer.rows():

@@ -84,9 +84,10 @@ def check_methods(model: PreTrainedModel, methods: dict[str, Method | None]) -> 
         )
     if decode is None or decode == policy:
         return
-    if policy.info.encodes:
+    if policy.info.encodes and not decode.info.reads_encoded:
         raise ValueError(
-            f"{decode.info.slug} picks single entries of a full-precision cache and {policy.info.slug} encodes them: use one of the two"
+            f"{decode.info.slug} reads keys in full precision and {policy.info.slug} encodes them: use one of the two, or a method with an "
+            "index of its own, such as quest"
         )
     if policy.info.ragged:
         raise ValueError(

@@ -1,13 +1,18 @@
-"""Full attention over what a layer holds: its sealed segments one by one, and the tail."""
+"""Attention over what a layer holds: in full, its sealed segments one by one and the tail; or what a decode method chose of both."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.attach.stats import computed_pairs
 from saccade.cache import KVLayer, Segment
+from saccade.cache.mixed import MixedEntries
 from saccade.cache.segment import attend_rectangle
-from saccade.core import LayerContext, Partial
+from saccade.core import LayerContext, Partial, Selection
 from saccade.ops import attend, decode
 from saccade.parts.merging import LOG_WEIGHT
 
@@ -24,6 +29,24 @@ def by_row(segments: list[Segment], rows: int) -> list[Segment]:
             part.row = row
             split.append(part)
     return split
+
+
+def reading_encoded(ctx: LayerContext, entries: MixedEntries) -> LayerContext:
+    """The context of one decoding step over entries of which some lie encoded: attention over all of them reads what is selected."""
+    keys, _ = entries.shapes
+
+    def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
+        if k is not keys:
+            return ctx.partial(q, k, v, selection, **options)
+        if options.keys() - {"return_lse"}:
+            raise ValueError(f"attention over encoded entries takes a selection and no {', '.join(options)}: leave the cache method out")
+        ctx.count(computed_pairs(1, entries.n, selection, {}))
+        return entries.attend(q, selection, scale=ctx.scale, softcap=ctx.softcap)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
+        return partial(q, k, v, selection, **options).out
+
+    return replace(ctx, partial=partial, attend=run, entries=entries)
 
 
 def tail_weights(layer: KVLayer, row: int | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.cache.stores import Store, held, take
+from saccade.cache.stores import Store, held, rows_at, take
 from saccade.ops.quant import codebook_decode, codebook_encode, pack, unpack
 
 
@@ -45,6 +45,19 @@ class SparseList:
             places.append(torch.arange(int(ends[row, 0]), int(ends[row, -1]), device=x.device))
         place, channel = torch.cat(places), self.channel.long()[torch.cat(places)]
         return x.index_put((torch.cat(rows), channel // dim, torch.cat(tokens), channel % dim), self.values[place].to(x.dtype))
+
+    def put_at(self, x: Tensor, slots: Tensor) -> Tensor:
+        """x `(B, H, m, d)`, the entries of tokens `slots (B, H, m)`, with those of them that are listed as they were."""
+        batch, heads, m, dim = x.shape
+        begin, end = (self.offsets.long().unsqueeze(1).expand(-1, heads, -1).gather(2, slots + i).flatten() for i in (0, 1))
+        counts = end - begin
+        # a token's list is that of all heads: each head looks for its own in it
+        line = torch.arange(batch * heads * m, device=x.device).repeat_interleave(counts)
+        place = torch.arange(len(line), device=x.device) + (begin - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+        channel = self.channel[place].long()
+        own = channel // dim == line // m % heads
+        line, place, channel = line[own], place[own], channel[own] % dim
+        return x.reshape(-1, dim).index_put((line, channel), self.values[place].to(x.dtype)).view_as(x)
 
     def take_rows(self, rows: Tensor) -> SparseList:
         ends = self.offsets[rows.to(self.offsets.device)]
@@ -103,10 +116,18 @@ class CodebookStore(Store):
         return held(self.codes) + self.outliers.nbytes + (held(self.middle, self.half) if self._by_token else 0)
 
     def read(self, begin: int, end: int) -> Tensor:
+        middle, half = (x[:, :, begin:end] if self._by_token else x for x in (self.middle, self.half))
+        return self.outliers.put(self._restored(self.codes[:, :, begin:end], middle, half), begin)
+
+    def gather(self, slots: Tensor) -> Tensor:
+        middle, half = (rows_at(x, slots) if self._by_token else x for x in (self.middle, self.half))
+        return self.outliers.put_at(self._restored(rows_at(self.codes, slots), middle, half), slots)
+
+    def _restored(self, codes: Tensor, middle: Tensor, half: Tensor) -> Tensor:
+        """Without the outliers."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        levels = codebook_decode(unpack(self.codes[:, :, begin:end], self.bits, self.dim), self.levels.to(wide))
-        middle, half = ((x[:, :, begin:end] if self._by_token else x).to(wide) for x in (self.middle, self.half))
-        return self.outliers.put((levels * half + middle).to(self.dtype), begin)
+        levels = codebook_decode(unpack(codes, self.bits, self.dim), self.levels.to(wide))
+        return (levels * half.to(wide) + middle.to(wide)).to(self.dtype)
 
     def take_rows(self, rows: Tensor) -> CodebookStore:
         middle, half = (take(x, rows) if self._by_token else x for x in (self.middle, self.half))

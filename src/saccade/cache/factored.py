@@ -113,6 +113,13 @@ class FactoredSegment(UniformSegment):
             keys = turn(keys, c.places[:, :, begin:end], c.rotary)
         return Rectangle(keys, c.value_maps.entries(c.values.read(begin, end)), {"positions": positions})
 
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.content
+        keys = c.key_maps.entries(c.keys.gather(slots))
+        if c.rotary is not None and c.places is not None:
+            keys = turn(keys, c.places.expand(-1, self.heads, -1).gather(2, slots), c.rotary)
+        return keys, c.value_maps.entries(c.values.gather(slots))
+
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         # an offset of the keys would have to be turned with each of them
         if q.shape[2] > FEW or self.content.key_maps.offset is not None:

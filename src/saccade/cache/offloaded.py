@@ -95,6 +95,9 @@ class OffloadedStore(Store):
         part = self.host[:, :, begin:end]
         return part if self.device.type == "cpu" else Fetch.begin(part.contiguous(), self.device).result()
 
+    def gather(self, slots: Tensor) -> Tensor:
+        return self.pick(slots).result()
+
     def pick(self, indices: Tensor) -> Fetch:
         """Entries `indices (B, H, m)` int64 of every row and head, `(B, H, m, d)`."""
         return Fetch.begin(pick_rows(self.host, indices.cpu()), self.device)

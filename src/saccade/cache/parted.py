@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +57,13 @@ class Part:
             return keys
         return turn(keys, self.places[:, :, begin:end], self.rotary)
 
-    def read(self) -> Rectangle:
-        """All entries, in all channels."""
-        n = self.keys.length
-        keys, values = self.read_keys(0, n), self.values.read(0, n)
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys as attention sees them and values of entries `slots (B, H, m)`, in all channels."""
+        keys, values = self.keys.gather(slots), self.values.gather(slots)
+        if self.rotary is not None and self.places is not None:
+            keys = turn(keys, self.places.expand(-1, slots.shape[1], -1).gather(2, slots), self.rotary)
         keys = keys if self.key_channels is None else _spread(keys, self.key_channels, self.dims[0])
-        values = values if self.value_channels is None else _spread(values, self.value_channels, self.dims[1])
-        valid = torch.arange(n, device=keys.device) < self.counts.to(keys.device).unsqueeze(-1)
-        return Rectangle(keys, values, {"positions": self.positions.expand(*keys.shape[:3])}, valid)
+        return keys, values if self.value_channels is None else _spread(values, self.value_channels, self.dims[1])
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         """Attention of q `(B, Hq, m, D)` over the part, with log-sum-exp."""
@@ -129,6 +129,7 @@ class PartedSegment(Segment):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
+        self._order: tuple[tuple[Part, ...], Tensor] | None = None
 
     @classmethod
     def by_class(
@@ -175,8 +176,12 @@ class PartedSegment(Segment):
         return int(self._counts.max()) if self._counts.numel() else 0
 
     @property
+    def _counts_by_part(self) -> Tensor:
+        return torch.stack([part.counts for part in self.parts])
+
+    @property
     def _counts(self) -> Tensor:
-        return torch.stack([part.counts for part in self.parts]).sum(0)
+        return self._counts_by_part.sum(0)
 
     def lengths(self) -> list[list[int]]:
         return self._counts.tolist()
@@ -187,21 +192,60 @@ class PartedSegment(Segment):
 
     @property
     def side_bytes(self) -> int:
-        return sum(part.side_bytes for part in self.parts)
+        return sum(part.side_bytes for part in self.parts) + (0 if self._order is None else held(self._order[1]))
+
+    def stored_fields(self) -> dict[str, Any]:
+        """The contents, to be saved."""
+        return {**vars(self), "_order": None}
+
+    @property
+    def order(self) -> Tensor:
+        """Where the entries lie: int32 `(B, H or 1, n)`, of each slot the number of its entry, those of all parts counted in a row.
+
+        Past a head's own entries come others. Made when it is first asked for, and held.
+        """
+        if self._order is None or self._order[0] is not self.parts:
+            counts = self._counts_by_part
+            heads = 1 if all(part.positions.shape[1] == 1 for part in self.parts) and bool((counts == counts[:, :, :1]).all()) else None
+            places = []
+            for part, own in zip(self.parts, counts, strict=True):
+                n = part.keys.length
+                shown = part.positions[:, :, :n].expand(-1, own.shape[1], -1)[:, :heads]
+                gaps = torch.arange(n, device=shown.device) >= own[:, :heads].to(shown.device).unsqueeze(-1)
+                places.append(shown.masked_fill(gaps, torch.iinfo(shown.dtype).max))
+            order = torch.sort(torch.cat(places, 2), dim=-1, stable=True).indices[..., : self.length]
+            self._order = (self.parts, order.to(torch.int32))
+        return self._order[1]
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of each head in the order of their positions."""
+        if len(self.parts) == 1:
+            return self.parts[0].gather(slots)
+        at, base = self.order.expand(-1, slots.shape[1], -1).gather(2, slots).long(), 0
+        keys = values = None
+        for part in self.parts:
+            n = part.keys.length
+            mine = ((at >= base) & (at < base + n)).unsqueeze(-1)
+            if keys is None or values is None or bool(mine.any()):
+                found = part.gather((at - base).clamp(0, n - 1))
+                keys = found[0] if keys is None else torch.where(mine, found[0], keys)
+                values = found[1] if values is None else torch.where(mine, found[1], values)
+            base += n
+        assert keys is not None and values is not None
+        return keys, values
 
     def read(self, begin: int, end: int) -> Rectangle:
-        """Slots begin ... end - 1 of each head in the order of their positions (every part is decoded for it)."""
+        """Slots begin ... end - 1 of each head in the order of their positions."""
         if not 0 <= begin < end <= self.length:
             raise ValueError(f"slots {begin} to {end} are not a range inside a segment of {self.length}")
-        found = [part.read() for part in self.parts]
-        valid = torch.cat([x.valid for x in found if x.valid is not None], 2)
-        positions = torch.cat([x.side["positions"] for x in found], 2)
-        far = torch.iinfo(positions.dtype).max
-        order = torch.sort(positions.masked_fill(~valid, far), dim=-1, stable=True).indices[..., begin:end]
-        keys, values = (torch.cat(x, 2) for x in ([f.keys for f in found], [f.values for f in found]))
-        mine = valid.gather(2, order)
-        side = {"positions": positions.gather(2, order)}
-        return Rectangle(pick_rows(keys, order), pick_rows(values, order), side, None if bool(mine.all()) else mine)
+        heads = self._counts.shape[1]
+        slots = torch.arange(begin, end, device=self.parts[0].positions.device).expand(*self._counts.shape, -1)
+        keys, values = self.gather(slots)
+        positions = torch.cat([part.positions[:, :, : part.keys.length].expand(-1, heads, -1) for part in self.parts], 2)
+        lying = slots if len(self.parts) == 1 else self.order[..., begin:end].expand(-1, heads, -1).long()
+        mine = slots < self._counts.to(slots.device).unsqueeze(-1)
+        side = {"positions": positions.gather(2, lying)}
+        return Rectangle(keys, values, side, None if bool(mine.all()) else mine)
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         return merge(*(part.attend(q, scale=scale, softcap=softcap) for part in self.parts))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from saccade.cache.segment import CHUNK, Rectangle, Segment
 from saccade.core import Partial, merge
 from saccade.ops import attend
 from saccade.ops.quant import BITS, affine_parameters, affine_quantise, dequantise, encode, pack, unpack
+from saccade.parts.rows import pick_rows
 
 RAW = 16
 CLASSES = 4  # at most: two bits of membership
@@ -118,6 +120,20 @@ class QuantisedSegment(Segment):
         valid = None if bool((self._limits >= end).all()) else torch.arange(begin, end, device=ids.device) < limits
         return Rectangle(k.to(self._dtype), v.to(self._dtype), side, valid)
 
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        ids, nth = self._members.at(slots)
+        keys = values = None
+        for index, store in enumerate(self._stores):
+            mine = (ids == index).unsqueeze(-1)
+            if store.keys.shape[2] and (keys is None or values is None or bool(mine.any())):
+                found = store.at(nth.clamp(max=store.keys.shape[2] - 1))
+                keys = found[0] if keys is None else torch.where(mine, found[0], keys)
+                values = found[1] if values is None else torch.where(mine, found[1], values)
+        assert keys is not None and values is not None
+        if self._values is not None:
+            values = self._values.apply(values, ids, [store.bits for store in self._stores], slots)
+        return keys.to(self._dtype), values.to(self._dtype)
+
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         if bool((self._limits == self.length).all()):
             return super().attend(q, scale=scale, softcap=softcap)
@@ -183,15 +199,23 @@ class ClassStore:
 
     def read_keys(self, first: Tensor, m: int) -> Tensor:
         """m entries from `first (B, H)` on, `(B, H, m, D)`; past the end of the class, anything."""
-        rows = _range(self.keys, first, m)
+        return self._keys_of(_range(self.keys, first, m))
+
+    def read_values(self, first: Tensor, m: int) -> Tensor:
+        """The same for values, `(B, H, m, Dv)`: codes, still to be scaled, or entries of 16 bits."""
+        return self._values_of(_range(self.values, first, m))
+
+    def at(self, nth: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, as `read_keys` and `read_values` give them, of entries `nth (B, H, m)` int64."""
+        return self._keys_of(pick_rows(self.keys, nth)), self._values_of(pick_rows(self.values, nth))
+
+    def _keys_of(self, rows: Tensor) -> Tensor:
         if self.key_scale is None or self.key_zero is None:
             return rows
         wide = _wide(self.key_scale)
         return dequantise(unpack(rows, self.bits, self.dims[0]), self.key_scale, self.key_zero, wide)
 
-    def read_values(self, first: Tensor, m: int) -> Tensor:
-        """The same for values, `(B, H, m, Dv)`: codes, still to be scaled, or entries of 16 bits."""
-        rows = _range(self.values, first, m)
+    def _values_of(self, rows: Tensor) -> Tensor:
         return rows if self.bits == RAW else unpack(rows, self.bits, self.dims[1])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ClassStore:
@@ -224,20 +248,28 @@ class ValueScales:
 
     def encode(self, values: Tensor, slots: Tensor, bits: int) -> Tensor:
         """Codes of `values (B, H, m, Dv)` that stand at `slots (B, H, m)`."""
-        span, zero = (torch.gather(x.squeeze(-1).expand(-1, slots.shape[1], -1), 2, slots).unsqueeze(-1) for x in (self.span, self.zero))
+        span, zero = self._at(slots)
         wide = _wide(values)
         return encode(values.to(wide) / self.channel.to(wide), span.to(wide) / ((1 << bits) - 1), zero.to(wide), bits)
 
-    def apply(self, x: Tensor, ids: Tensor, bits: Sequence[int], slots: slice) -> Tensor:
-        """Values from codes `x (B, H, m, Dv)` of the classes `ids (B, H, m)` at `slots`; entries of 16 bits pass."""
+    def apply(self, x: Tensor, ids: Tensor, bits: Sequence[int], slots: slice | Tensor) -> Tensor:
+        """Values from codes `x (B, H, m, Dv)` of the classes `ids (B, H, m)` at slots, a range or `(B, H, m)`; entries of 16 bits pass."""
         wide = _wide(self.channel)
         levels = torch.tensor([1 if b == RAW else (1 << b) - 1 for b in bits], dtype=wide, device=ids.device)
-        step = self.span[:, :, slots].to(wide) / levels[ids.long()].unsqueeze(-1)
-        restored = x.to(wide, copy=True).mul_(step).add_(self.zero[:, :, slots].to(wide)).mul_(self.channel.to(wide))
+        span, zero = self._at(slots)
+        step = span.to(wide) / levels[ids.long()].unsqueeze(-1)
+        restored = x.to(wide, copy=True).mul_(step).add_(zero.to(wide)).mul_(self.channel.to(wide))
         if RAW not in bits:
             return restored
         raw = torch.tensor([b == RAW for b in bits], device=ids.device)[ids.long()].unsqueeze(-1)
         return torch.where(raw, x.to(wide), restored)
+
+    def _at(self, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Span and zero of the tokens at slots, `(B, H or 1, m, 1)`."""
+        if isinstance(slots, slice):
+            return self.span[:, :, slots], self.zero[:, :, slots]
+        span, zero = (x.squeeze(-1).expand(-1, slots.shape[1], -1).gather(2, slots).unsqueeze(-1) for x in (self.span, self.zero))
+        return span, zero
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ValueScales:
         return ValueScales(change(self.channel), change(self.zero), change(self.span))
@@ -276,12 +308,36 @@ class Members:
         skipped, ids = ids[..., : begin - start], ids[..., begin - start :]
         return ids, [self.before[:, c, :, chunk] + (skipped == c).sum(-1) for c in range(self.before.shape[1])]
 
+    def at(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes of `slots (B, H, m)` uint8, and of each how many entries of its class stand before it, int64."""
+        ids, own, whole = _byte_tables(self.width, self.bits.device)
+        bits = self.bits.expand(-1, slots.shape[1], -1).long()
+        byte, place = slots // ids.shape[1], slots % ids.shape[1]
+        there = bits.gather(2, byte)
+        found = ids[there, place]
+        # one list per class of what stands before each byte; the slots' own class chooses among them
+        before = torch.zeros_like(slots)
+        for index in range(self.before.shape[1]):
+            counts = whole[:, index][bits]
+            before = torch.where(found == index, (counts.cumsum(-1) - counts).gather(2, byte), before)
+        return found, before + own[there, place, found.long()]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Members:
         return Members(change(self.bits), change(self.before), self.width)
 
     @property
     def nbytes(self) -> int:
         return _bytes(self.bits) + _bytes(self.before)
+
+
+@lru_cache(maxsize=8)
+def _byte_tables(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each value of a byte: the classes of its slots `(256, s)`, how many of each class stand before a slot in it `(256, s, c)`, and
+    how many of each there are `(256, c)`."""
+    with torch.inference_mode(False):  # tensors made in inference mode would not serve outside of it
+        ids = unpack(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1), width, 8 // width)
+        each = torch.nn.functional.one_hot(ids.long(), 1 << width)
+        return ids, each.cumsum(1) - each, each.sum(1)
 
 
 def _check(keys: Tensor, classes: Tensor, bits: Sequence[int]) -> None:

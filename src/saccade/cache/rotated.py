@@ -10,7 +10,7 @@ Source: matryoshkakv, arXiv 2410.14731.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -21,6 +21,7 @@ from saccade.cache.stores import held, take
 from saccade.cache.uniform import UniformSegment
 from saccade.core import Partial
 from saccade.ops.decode import decode_low_rank
+from saccade.parts.rows import pick_rows
 
 FEW = 16  # queries that the decode ops take
 
@@ -76,14 +77,21 @@ class RotatedSegment(UniformSegment):
         return sum(held(group.keys, group.values) for group in self.groups)
 
     def read(self, begin: int, end: int) -> Rectangle:
-        positions, b = self.span(begin, end), self.bases
-        kind = self.groups[0].keys
-        keys = kind.new_empty(*positions.shape, b.key_mean.shape[-1])
-        values = kind.new_empty(*positions.shape, b.value_mean.shape[-1])
-        for group in self.groups:
-            keys[:, group.heads] = _restored(group.keys[:, :, begin:end], b.key_basis, b.key_mean, group.heads)
-            values[:, group.heads] = _restored(group.values[:, :, begin:end], b.value_basis, b.value_mean, group.heads)
+        positions = self.span(begin, end)
+        keys, values = self._whole(positions.shape, lambda x, heads: x[:, :, begin:end])
         return Rectangle(keys, values, {"positions": positions})
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        return self._whole(slots.shape, lambda x, heads: pick_rows(x, slots[:, heads]))
+
+    def _whole(self, shape: torch.Size, picked: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values `(B, H, m, ...)` of the coordinates that `picked(coordinates, heads)` takes of each group."""
+        kind, b = self.groups[0].keys, self.bases
+        keys, values = (kind.new_empty(*shape, mean.shape[-1]) for mean in (b.key_mean, b.value_mean))
+        for group in self.groups:
+            keys[:, group.heads] = _restored(picked(group.keys, group.heads), b.key_basis, b.key_mean, group.heads)
+            values[:, group.heads] = _restored(picked(group.values, group.heads), b.value_basis, b.value_mean, group.heads)
+        return keys, values
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         # a capped logit does not split into a sum of two

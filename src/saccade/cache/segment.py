@@ -11,6 +11,7 @@ from torch import Tensor
 from saccade.core import Partial, merge
 from saccade.ops import attend, decode
 from saccade.parts.merging import LOG_WEIGHT
+from saccade.parts.rows import pick_rows
 
 CHUNK = 2048  # entries decoded at a time when a segment is read for attention
 
@@ -59,6 +60,23 @@ class Segment(ABC):
     @abstractmethod
     def read(self, begin: int, end: int) -> Rectangle:
         """Slots begin ... end - 1 in plain form (a copy)."""
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `(B, H, m, D)` and values `(B, H, m, Dv)` of slots `(B, H, m)` int64, in any order; only for heads of equal lengths.
+
+        The default decodes CHUNK entries at a time and picks from them; forms that reach single entries override it.
+        """
+        found: tuple[Tensor, Tensor] | None = None
+        for begin in range(0, self.length, CHUNK):
+            end = min(begin + CHUNK, self.length)
+            mine = ((slots >= begin) & (slots < end)).unsqueeze(-1)
+            if found is None or bool(mine.any()):
+                part, inside = self.read(begin, end), (slots - begin).clamp(0, end - begin - 1)
+                new = (pick_rows(part.keys, inside), pick_rows(part.values, inside))
+                found = new if found is None else (torch.where(mine, new[0], found[0]), torch.where(mine, new[1], found[1]))
+        if found is None:
+            raise ValueError("an empty segment has no entries to gather")
+        return found
 
     @abstractmethod
     def take_rows(self, rows: Tensor) -> Segment:

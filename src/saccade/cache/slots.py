@@ -28,7 +28,8 @@ class Slots:
         self.values = stored.values if values is None else values
         self.side = dict(stored.side)
         self.sealed: list[Segment] = []
-        self.moved = False  # entries were dropped or sealed
+        self.moved = False  # entries were dropped, replaced or sealed
+        self.reordered = False  # slots no longer stand for the same entries, sealed ones counted before the others
 
     @property
     def heads(self) -> int:
@@ -74,7 +75,7 @@ class Slots:
             self.keys, self.values = pick_rows(self.keys, wide), pick_rows(self.values, wide)
         else:
             self.keys, self.values = self._stored.keys, self._stored.values
-        self.moved = True
+        self.moved = self.reordered = True
 
     def insert(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Entries that are back: keys, values `(B, heads, r, ...)` of tokens at `positions (B, heads, r)`; other side arrays get zeros.
@@ -93,7 +94,7 @@ class Slots:
             pick_rows(torch.cat([old, more], 2), order) for old, more in ((stored.keys, keys), (stored.values, values))
         )
         self._stored = Rectangle(self.keys, self.values, self.side, None if valid is None else torch.gather(valid, 2, order))
-        self.moved = True
+        self.moved = self.reordered = True
 
     def rewrite(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         """Replace the stored keys, or values, or both by others of the same shape (merged, or turned to other positions)."""
@@ -106,7 +107,7 @@ class Slots:
         self.keys = stored.keys if keys is None else keys
         self.values = stored.values if values is None else values
         self._stored = Rectangle(self.keys, self.values, stored.side, stored.valid)
-        self.moved = True
+        self.moved = self.reordered = True
 
     def seal(self, segment: Segment, n: int) -> None:
         """Replace the n oldest entries by an encoded segment that holds them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.ops.decode import Packed
 from saccade.ops.quant import affine_parameters, affine_quantise, encode, hadamard, pack_words
+from saccade.parts.rows import pick_rows
 
 
 class Store(ABC):
@@ -28,6 +29,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, begin: int, end: int) -> Tensor:
         """Entries begin ... end - 1, `(B, H, end - begin, d)`."""
+
+    @abstractmethod
+    def gather(self, slots: Tensor) -> Tensor:
+        """Entries `slots (B, H', m)` int64 of each row and head, `(B, H', m, d)`; H' is H, or any number where H is 1."""
 
     @abstractmethod
     def take_rows(self, rows: Tensor) -> Store:
@@ -51,6 +56,9 @@ class PlainStore(Store):
     def read(self, begin: int, end: int) -> Tensor:
         return self.entries[:, :, begin:end]
 
+    def gather(self, slots: Tensor) -> Tensor:
+        return rows_at(self.entries, slots)
+
     def take_rows(self, rows: Tensor) -> PlainStore:
         return PlainStore(take(self.entries, rows))
 
@@ -73,7 +81,16 @@ class CodedStore(Store):
         return held(*(x for x in tensors if isinstance(x, Tensor)), self.factor)
 
     def read(self, begin: int, end: int) -> Tensor:
-        x = self.packed.read(begin, end, torch.promote_types(self.dtype, torch.float32))
+        return self._scaled(self.packed.read(begin, end, self._wide))
+
+    def gather(self, slots: Tensor) -> Tensor:
+        return self._scaled(packed_at(self.packed, slots).read(dtype=self._wide))
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _scaled(self, x: Tensor) -> Tensor:
         return (x if self.factor is None else x * self.factor.to(x.dtype)).to(self.dtype)
 
     def take_rows(self, rows: Tensor) -> CodedStore:
@@ -122,6 +139,23 @@ def by_token_over_heads(x: Tensor, bits: int, factor: Tensor) -> CodedStore:
         group=x.shape[-1],
     )  # fmt: skip
     return CodedStore(packed, x.dtype, factor)
+
+
+def rows_at(x: Tensor, slots: Tensor) -> Tensor:
+    """Entries `slots (B, H', m)` of x `(B, H' or 1, n, d)`: `(B, H', m, d)`."""
+    return pick_rows(x.expand(-1, slots.shape[1], -1, -1), slots)
+
+
+def packed_at(packed: Packed, slots: Tensor) -> Packed:
+    """The codes of some tokens with the parameters that belong to them, as a Packed of its own: `slots (B, H', m)` int64.
+
+    Tokens of one group no longer lie together, so with granularity "channel" each has its parameters beside it (a group of 1).
+    """
+    by_channel = packed.granularity == "channel"
+    own = slots // packed.group if by_channel else slots
+    picked = {name: rows_at(x, own) for name in ("scale", "zero") if (x := getattr(packed, name)) is not None}
+    picked |= {name: rows_at(x, slots) for name in ("outlier_index", "outlier_delta") if (x := getattr(packed, name)) is not None}
+    return replace(packed, codes=rows_at(packed.codes, slots), group=1 if by_channel else packed.group, **picked)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

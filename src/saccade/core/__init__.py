@@ -1,7 +1,7 @@
 """The vocabulary: what is read (Selection), what comes back (Partial), how much (Budget), and what a method is."""
 
 from saccade.core.budget import Budget, Mass, Threshold
-from saccade.core.context import LayerContext, Phase, Rotary
+from saccade.core.context import EncodedEntries, LayerContext, Phase, Rotary
 from saccade.core.keymajor import KeyMajor
 from saccade.core.layout import HeadLayout, check_attention_inputs
 from saccade.core.method import (
@@ -31,6 +31,7 @@ __all__ = [
     "Calibrated",
     "Call",
     "Decode",
+    "EncodedEntries",
     "HeadLayout",
     "Info",
     "KeyMajor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,19 @@ class Rotary:
     interleaved: bool = False
 
 
+class EncodedEntries(Protocol):
+    """The entries of a layer of which some lie encoded, for decode methods that score every key. What it reads is decoded a piece at a
+    time and not kept."""
+
+    def dots(self, q: Tensor) -> Tensor:
+        """q `(B, Hq, D)` times all keys: `(B, Hq, n)` float32 (float64 for float64)."""
+        ...
+
+    def weighted_values(self, weights: Tensor) -> Tensor:
+        """weights `(B, Hq, n)` times all values: `(B, Hq, Dv)`."""
+        ...
+
+
 @dataclass(kw_only=True)
 class LayerContext:
     """One attention layer, one sequence (or a batch of equally long ones without padding).
@@ -49,6 +62,8 @@ class LayerContext:
     seen: tokens of the sequence so far, those of this call included (in decoding: up to the query at hand). tokens: all of them.
     hidden: the layer's inputs `(B, m, C)` for the m tokens of this call, for methods whose `Info.needs` has "hidden"; else None.
     segments: in decoding, the sealed parts of the cache that stand before k and v, for the method that made them.
+    entries: in decoding over a cache that another method encoded, what reads its entries, else None. k and v then tell shapes only (their
+    numbers are nan), and `attend` over them decodes what is selected. For methods whose `Info.reads_encoded` is set.
     rotary: the model's rotary embedding, None where it has none or one that can't be turned further.
     plan: what calibration found, or None. plans: of all methods at hand, by slug, for a method that runs another one inside.
     state: this layer's own per-sequence state; tensors in it have the batch first, other objects offer `reorder(rows)`.
@@ -74,6 +89,7 @@ class LayerContext:
     tokens: int = 0
     hidden: Tensor | None = None
     segments: Sequence[Any] = ()
+    entries: EncodedEntries | None = None
     rotary: Rotary | None = None
     plan: Plan | None = None
     plans: Mapping[str, Plan] = field(default_factory=dict)

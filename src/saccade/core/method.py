@@ -25,8 +25,10 @@ class Info:
 
     phase: where it acts. also: other phases in which it must act too, which its name alone fills.
     needs: of "queries", "weights" (attention probabilities), "hidden" (the layers' inputs), "calibration", "training".
-    encodes: whether it stores entries in another form than full precision. ragged: whether it leaves heads with different numbers
-    of entries. frees_memory: whether the KV cache becomes smaller. append_only: whether it works on pages that are only appended to.
+    encodes: whether it stores entries in another form than full precision. reads_encoded: of a decode method, whether it works where a
+    cache policy has encoded entries: it chooses by its own index or by `ctx.entries`, and reads what it chose through `ctx.attend`.
+    ragged: whether it leaves heads with different numbers of entries. frees_memory: whether the KV cache becomes smaller. append_only:
+    whether it works on pages that are only appended to.
     causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
     tiny: fields for short test sequences. variants: further settings that the mixers' contract tries. opts_out: contract
     axis to the reason why it does not hold for this method.
@@ -39,6 +41,7 @@ class Info:
     frees_memory: bool = False
     append_only: bool = True
     encodes: bool = False
+    reads_encoded: bool = False
     ragged: bool = False
     causality: Literal["causal", "streaming", "bidirectional"] = "causal"
     opened: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +121,10 @@ class Decode(Method):
 
     @abstractmethod
     def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
-        """Selection for q `(B, Hq, 1, D)` over all entries the layer holds, k, v `(B, Hk, n, D)`, which were observed before."""
+        """Selection for q `(B, Hq, 1, D)` over all entries the layer holds, k, v `(B, Hk, n, D)`, which were observed before.
+
+        Where entries lie encoded (`ctx.entries`), k and v tell shapes only; they were observed as attention reads them.
+        """
 
     def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output `(B, Hq, 1, Dv)`. Override only where "select, then attend" is not the method."""

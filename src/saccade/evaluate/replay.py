@@ -92,18 +92,21 @@ class LayerReplay:
     def _mark(self, n: int, selection: Selection | None) -> Tensor:
         heads = self.k.shape[1]
         parts = self._rectangles()
-        # a selection is over the slots of the tail; with sealed parts in the cache nothing is selected
-        chosen = None if selection is None or len(parts) > 1 else selection.coverage()[0, :, 0]
+        # a selection is over all slots, sealed ones first; a method that made the sealed parts itself selects among others
+        slots = sum(part.keys.shape[2] for part in parts)
+        chosen = None if selection is None or selection.n_k != slots else selection.coverage()[0, :, 0]
         if chosen is not None and chosen.shape[0] not in (1, heads):
             heads = chosen.shape[0]
         marked = torch.zeros(heads, n + 1, dtype=torch.bool, device=self.k.device)
+        end = 0
         for part in parts:
+            begin, end = end, end + part.keys.shape[2]
             positions = part.side["positions"][0].long()
             here = torch.ones_like(positions, dtype=torch.bool) if part.valid is None else part.valid[0]
             positions = positions.repeat_interleave(heads // positions.shape[0], 0)
             here = here.repeat_interleave(heads // here.shape[0], 0)
             if chosen is not None:
-                here = here & chosen
+                here = here & chosen[:, begin:end]
             # slots that hold nothing go to the spare column
             marked.scatter_(1, torch.where(here & (positions < n), positions, n), True)
         return marked[:, :n]

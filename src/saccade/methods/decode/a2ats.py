@@ -54,7 +54,7 @@ class A2ATS(Decode, Calibrated):
     iterations: int = 50
 
     info = Info(
-        slug="a2ats", phase="decode", needs=frozenset({"calibration"}), opened={"budget": 1.0},
+        slug="a2ats", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
         tiny={"budget": 0.1, "window": 8, "sinks": 2, "distance": 64, "centroids": 16},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

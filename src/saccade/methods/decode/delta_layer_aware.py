@@ -56,7 +56,7 @@ class DeltaLayerAware(Planner, Calibrated):
     first: int = 2
 
     info = Info(
-        slug="delta-layer-aware", phase="decode", opened={"budget": 1.0},
+        slug="delta-layer-aware", phase="decode", reads_encoded=True, opened={"budget": 1.0},
         tiny={"page_size": 4, "budget": 0.25, "recent_pages": 2, "dense": (0,)},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

@@ -25,9 +25,10 @@ from torch import Tensor
 from saccade.core import Budget, Calibrated, Info, LayerContext, Mass, Prefill, Selection, Threshold, register
 from saccade.core.method import LayerPolicy
 from saccade.ops.estimate import TileGrid, choose_tiles, pooled_probabilities
+from saccade.parts.dots import weighted_values
 from saccade.parts.page_mass import best_pages, page_sums
 from saccade.parts.pick import read_pages
-from saccade.parts.planner import Planner, found_role, planned_roles, weighted_values
+from saccade.parts.planner import Planner, found_role, planned_roles
 from saccade.parts.probe import row_probabilities
 from saccade.parts.reuse_plan import cheapest_reuse
 
@@ -53,7 +54,7 @@ class HyLRA(Planner, Prefill, Calibrated):
     max_divergence: float = 0.5
 
     info = Info(
-        slug="hylra", phase="decode", needs=frozenset({"calibration"}), opened={"theta": 2.0},
+        slug="hylra", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"theta": 2.0},
         tiny={"budget": 0.25, "block": 4, "theta": 0.0, "max_error": 1e9, "max_divergence": 1e9},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

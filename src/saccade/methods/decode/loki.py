@@ -43,7 +43,7 @@ class Loki(Decode, Calibrated):
     budget: float | int = 0.25
 
     info = Info(
-        slug="loki", phase="decode", needs=frozenset({"calibration"}), opened={"budget": 1.0},
+        slug="loki", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
         tiny={"dims": 0.5, "budget": 0.25},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

@@ -57,7 +57,8 @@ class TokenSelect(Prefill, Decode):
     reindex: bool = False
 
     info = Info(
-        slug="tokenselect", phase="decode", opened={"budget": 1 << 30}, tiny={"sinks": 2, "local": 8, "budget": 12, "chunk": 16},
+        slug="tokenselect", phase="decode", reads_encoded=True, opened={"budget": 1 << 30},
+        tiny={"sinks": 2, "local": 8, "budget": 12, "chunk": 16},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip
 
@@ -91,7 +92,11 @@ class TokenSelect(Prefill, Decode):
             middle = k[:, :, self.sinks : end]
             # scores without values are half of a pair's work
             ctx.count(middle.shape[2] / 2)
-            logits = self._by_content(ctx, mean, middle, first) if self.reindex else step_logits(ctx, mean, middle)
+            if ctx.entries is not None:
+                # encoded keys are read from the first on
+                logits = step_logits(ctx, mean, k)[..., self.sinks : end]
+            else:
+                logits = self._by_content(ctx, mean, middle, first) if self.reindex else step_logits(ctx, mean, middle)
             votes = reduce_heads(logits, ctx.layout.kv_heads, "vote")
             if self.pool > 1:
                 votes = torch.nn.functional.max_pool1d(votes, self.pool, stride=1, padding=self.pool // 2)
@@ -113,6 +118,8 @@ class TokenSelect(Prefill, Decode):
     def _check_reindex(self, ctx: LayerContext, n: int) -> None:
         if ctx.rotary is None:
             raise ValueError("tokenselect(reindex=True) moves keys to other positions, which needs a model with a fixed rotary embedding")
+        if ctx.entries is not None:
+            raise ValueError("tokenselect(reindex=True) moves keys to other positions, which encoded ones can't be: leave reindex off")
         if ctx.seen != n:
             raise ValueError(
                 f"tokenselect(reindex=True) needs every token in the cache, which holds {n} of {ctx.seen}: leave the cache policy out"
