@@ -342,3 +342,21 @@ def test_butterfly(n: int, dtype: torch.dtype) -> None:
     x = random(0, 5, n, dtype=dtype)
     got, want = hadamard(x, impl="triton"), hadamard(x.double(), impl="torch")
     assert float((got.double() - want).abs().max()) <= 2 * torch.finfo(dtype).eps * float(want.abs().max())
+
+
+@pytest.mark.gpu
+def test_a_tail_that_grows_is_no_new_kernel() -> None:
+    """One tile of all the newest keys has another size at every step; compiling for each would cost a second a step."""
+    from saccade.ops.decode.triton.listed import listed
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for caches in listed.device_caches.values())
+
+    q, counts = torch.randn(1, 2, 1, 64, device=DEVICE), []
+    for tail in (5, 6, 7, 9, 11, 13):
+        k = torch.randn(1, 2, 100 + tail, 64, device=DEVICE)
+        starts = torch.full((1, 1, 1, 1), 100, dtype=torch.int32, device=DEVICE)
+        s = Selection.from_parts(n_q=1, n_k=100 + tail, block_q=1, block_k=tail, starts=starts)
+        decode(q, k, k, s, impl="triton")
+        counts.append(compiled())
+    assert len(set(counts)) == 1

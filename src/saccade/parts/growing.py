@@ -27,6 +27,10 @@ class Growing:
         """Bytes held, the spare room included."""
         return self._buffer.untyped_storage().nbytes()
 
+    def reserve(self, more: int) -> None:
+        """Make room for so many entries more."""
+        self._reserve(self.n + more)
+
     def _reserve(self, wanted: int) -> None:
         if wanted <= self._buffer.shape[2] and self._buffer.is_contiguous():
             return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import Selection
+from saccade.ops.estimate import best_ids
 
 
 def pick_best(scores: Tensor, count: int) -> Tensor:
@@ -13,15 +14,7 @@ def pick_best(scores: Tensor, count: int) -> Tensor:
 
     Ties go to the lower position. A nan counts as the highest score: what it stands for is read, not lost.
     """
-    n = scores.shape[-1]
-    if count >= n:
-        return torch.arange(n, device=scores.device).expand(*scores.shape[:-1], n)
-    last = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    found = (scores >= last).nonzero()[:, -1]
-    if found.numel() != last.numel() * count:
-        # ties at the border, or a nan: only a stable sort puts the lower position first
-        found = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
-    return found.view(*scores.shape[:-1], count)
+    return best_ids(scores, count)
 
 
 def read_tokens(ids: Tensor, n: int) -> Selection:

@@ -19,31 +19,19 @@ from torch import Tensor
 
 from saccade.core import Decode, LayerContext, Selection
 from saccade.core.method import LayerPolicy
-from saccade.ops.scratch import as_exact
-from saccade.parts.dots import CHUNK, dots
+from saccade.parts.dots import dots, weighted_values
 
 _DENSE, _PLANS = -1, -2  # in a calibration plan, beside the numbers of layers
 
 
 def step_logits(ctx: LayerContext, q: Tensor, k: Tensor) -> Tensor:
-    """Logits of q `(B, Hq, 1, D)` over k `(B, Hk, n, D)`, scaled and capped: `(B, Hq, n)` float32 (float64 for float64)."""
-    logits = dots(q.squeeze(2), k) * ctx.scale
-    return logits if ctx.softcap is None else ctx.softcap * torch.tanh(logits / ctx.softcap)
+    """Logits of q `(B, Hq, 1, D)` over k `(B, Hk, n, D)`, scaled and capped: `(B, Hq, n)` float32 (float64 for float64).
 
-
-def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
-    """weights `(B, Hq, n)` float32 or float64 times v `(B, Hk, n, Dv)`: `(B, Hq, Dv)` in the dtype of the weights.
-
-    Values are never repeated for the heads of a group; half precision is turned to the weights' dtype a few heads at a time.
+    Where entries lie encoded, k tells their number only, and keys are decoded a piece at a time.
     """
-    batch, kv_heads, n, dim = v.shape
-    grouped = weights.reshape(batch * kv_heads, -1, n)
-    flat = v.flatten(0, 1)
-    if flat.dtype == weights.dtype:
-        return (grouped @ flat).view(batch, weights.shape[1], dim)
-    step = max(1, CHUNK // max(1, n * dim * weights.itemsize))
-    pieces = zip(grouped.split(step), flat.split(step), strict=True)
-    return torch.cat([a @ as_exact(b, weights.dtype, "dots") for a, b in pieces]).view(batch, weights.shape[1], dim)
+    products = dots(q.squeeze(2), k) if ctx.entries is None else ctx.entries.dots(q.squeeze(2))
+    logits = products * ctx.scale
+    return logits if ctx.softcap is None else ctx.softcap * torch.tanh(logits / ctx.softcap)
 
 
 def role_of(layer: int, layers: int, full: Collection[int]) -> LayerPolicy:
@@ -117,9 +105,14 @@ class Planner(Decode):
         if self.reads_all(n):
             ctx.publish(Selection.full(1, n, block_q=1, device=q.device))
             return ctx.attend(q, k, v, None)
-        # one product with the keys serves both; a GPU wants a decode kernel that writes its logits beside the output
         logits = step_logits(ctx, q, k)
-        ctx.count(n)
-        out = weighted_values(logits.softmax(-1), v).unsqueeze(2).to(q.dtype)
+        if q.is_cuda and ctx.entries is None:
+            # the decode kernel reads the keys a second time, which costs less than weights written out and read again
+            out = ctx.attend(q, k, v, None)
+        else:
+            ctx.count(n)
+            weights = logits.softmax(-1)
+            out = weighted_values(weights, v) if ctx.entries is None else ctx.entries.weighted_values(weights)
+            out = out.unsqueeze(2).to(q.dtype)
         ctx.publish(self.choose(ctx, logits))
         return out

@@ -94,6 +94,11 @@ def launch_stream(
     return result.finish()
 
 
+def fixed_size(block_k: int) -> int:
+    """The tile size that a kernel is compiled for: a power of two, or 0 for any."""
+    return block_k if block_k & (block_k - 1) == 0 else 0
+
+
 def launch_listed(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, table: Tensor | None, starts: Tensor, start_counts: Tensor,
     tokens: Tensor, token_counts: Tensor, log_weight: Tensor | None, block_q: int, block_k: int, n_k: int,
@@ -125,10 +130,11 @@ def launch_listed(
     listed[(programs, result.parts)](
         q, k, v, result.part, result.part_lse, q if lengths is None else lengths, q if table is None else table,
         starts.contiguous(), start_counts.contiguous(), tokens.contiguous(), token_counts.contiguous(),
-        q if log_weight is None else log_weight.contiguous(), starts.shape[-1], tokens.shape[-1], scale, softcap or 1.0, n_k, m,
+        q if log_weight is None else log_weight.contiguous(), starts.shape[-1], tokens.shape[-1], block_k, scale, softcap or 1.0, n_k,
+        m,
         strides[0], strides[1], strides[2], *places, 0 if table is None else table.stride(0),
         START_BATCH=starts.shape[0], START_HEADS=starts.shape[1], TOKEN_BATCH=tokens.shape[0], TOKEN_HEADS=tokens.shape[1],
-        BLOCK_K=block_k, TILED=starts.shape[-1] > 0, SINGLE=tokens.shape[-1] > 0, WEIGHTED=log_weight is not None,
+        BLOCK_K=fixed_size(block_k), TILED=starts.shape[-1] > 0, SINGLE=tokens.shape[-1] > 0, WEIGHTED=log_weight is not None,
         HEADS=list_heads, KV_HEADS=kv_heads, GROUP=shape.group, TILES=query_tiles, ROW_BLOCKS=shape.row_blocks, QT=block_q,
         LENGTHS=lengths is not None, PAGE=page, CAUSAL=causal and m > 1, SOFTCAP=softcap is not None, **result.flags(),
         **tiles(dim, value_dim, shape.block_m, config, q.dtype),

@@ -35,10 +35,10 @@ def _load(
     return k, v
 
 
-@triton.jit(do_not_specialize=["n", "starts", "tokens"])
+@triton.jit(do_not_specialize=["n", "starts", "tokens", "block_k"])
 def listed(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, length_ptr, table_ptr,
-    start_ptr, start_count_ptr, token_ptr, token_count_ptr, weight_ptr, starts, tokens, scale, cap, n, m,
+    start_ptr, start_count_ptr, token_ptr, token_count_ptr, weight_ptr, starts, tokens, block_k, scale, cap, n, m,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_table,
     START_BATCH: tl.constexpr, START_HEADS: tl.constexpr, TOKEN_BATCH: tl.constexpr, TOKEN_HEADS: tl.constexpr,
     BLOCK_K: tl.constexpr, TILED: tl.constexpr, SINGLE: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -51,6 +51,8 @@ def listed(
 
     Lists `(START_BATCH, START_HEADS, TILES, starts)` and `(TOKEN_BATCH, TOKEN_HEADS, TILES, tokens)` int32, contiguous, with
     counts and weights alike; a batch or head count of 1 is shared, otherwise it is the batch size, or a divisor of HEADS.
+    BLOCK_K: keys of a tile where that is a power of two, else 0 and `block_k` tells: a tail that grows has a new size at every step,
+    which must not be a new kernel.
     """
     batch, head, tile, block = program(HEADS, TILES, ROW_BLOCKS)
     query_head, query, valid = rows(head, tile, block, m, GROUP, QT, BLOCK_M)
@@ -78,13 +80,16 @@ def listed(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    size = block_k
+    if BLOCK_K > 0:
+        size = BLOCK_K
     if TILED:
         at = (((batch % START_BATCH) * START_HEADS + head // (HEADS // START_HEADS)) * TILES + tile).to(tl.int64)
-        count = tl.load(start_count_ptr + at).to(tl.int32) * BLOCK_K
+        count = tl.load(start_count_ptr + at).to(tl.int32) * size
         begin, end = share(count, BLOCK_N)
         for entry in range(begin, end, BLOCK_N):
             entries = entry + tl.arange(0, BLOCK_N)
-            ids = tl.load(start_ptr + at * starts + entries // BLOCK_K, mask=entries < end, other=0) + entries % BLOCK_K
+            ids = tl.load(start_ptr + at * starts + entries // size, mask=entries < end, other=0) + entries % size
             there = (entries < end) & (ids < length)
             k, v = _load(
                 ids, there, k_base, v_base, table_row, stride_kb, stride_kn, stride_vb, stride_vn, D, DV, PAGE, BLOCK_D, BLOCK_DV

@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 
 from saccade.core import Selection
 from saccade.ops.decode.low_rank import LowRankKeys
-from saccade.ops.decode.triton.launch import Result, by_rows
+from saccade.ops.decode.triton.launch import Result, by_rows, fixed_size
 from saccade.ops.decode.triton.plan import Config, Shape, splits
 from saccade.ops.decode.triton.tile import (
     LOG2E,
@@ -117,10 +117,10 @@ def _take(
     return top, sums, product(narrow(p, v.dtype), v, acc * fade[:, None], PRECISION)
 
 
-@triton.jit(do_not_specialize=["n", "starts", "tokens"])
+@triton.jit(do_not_specialize=["n", "starts", "tokens", "block_k"])
 def low_rank(
     q_ptr, a_ptr, b_ptr, v_ptr, p_ptr, f_ptr, t_ptr, u_ptr, out_ptr, lse_ptr,
-    start_ptr, start_count_ptr, token_ptr, token_count_ptr, weight_ptr, starts, tokens, scale, cap, n, m,
+    start_ptr, start_count_ptr, token_ptr, token_count_ptr, weight_ptr, starts, tokens, block_k, scale, cap, n, m,
     stride_qb, stride_qh, stride_qm, stride_ab, stride_ah, stride_an, stride_bh, stride_br, stride_vb, stride_vh, stride_vn,
     stride_pb, stride_ph, stride_pn, stride_tb, stride_th, stride_tn,
     START_BATCH: tl.constexpr, START_HEADS: tl.constexpr, TOKEN_BATCH: tl.constexpr, TOKEN_HEADS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -183,18 +183,21 @@ def low_rank(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    size = block_k
+    if BLOCK_K > 0:
+        size = BLOCK_K
     if TILED or not LISTED:
         at = batch * 0
         count = n
         if LISTED:
             at = ((batch % START_BATCH) * START_HEADS + head // (HEADS // START_HEADS)) * TILES + tile
-            count = tl.load(start_count_ptr + at).to(tl.int32) * BLOCK_K
+            count = tl.load(start_count_ptr + at).to(tl.int32) * size
         begin, end = share(count, BLOCK_N)
         for entry in range(begin, end, BLOCK_N):
             ids = entry + tl.arange(0, BLOCK_N)
             there = ids < end
             if LISTED:
-                ids = tl.load(start_ptr + at * starts + ids // BLOCK_K, mask=there, other=0) + ids % BLOCK_K
+                ids = tl.load(start_ptr + at * starts + ids // size, mask=there, other=0) + ids % size
                 there = there & (ids < n)
             keep = there[None, :]
             if CAUSAL:
@@ -304,9 +307,9 @@ def launch(
         none if cos is None else cos, none if sin is None else sin, result.part, result.part_lse,
         none if starts is None else starts, none if start_counts is None else start_counts, none if tokens is None else tokens,
         none if token_counts is None else token_counts, none if log_weight is None else log_weight, starts_shape[-1], tokens_shape[-1],
-        scale, softcap or 1.0, n, m, *q.stride()[:3], *_strides(factors), *basis_strides, *v.stride()[:3], *turn_strides,
+        block_k, scale, softcap or 1.0, n, m, *q.stride()[:3], *_strides(factors), *basis_strides, *v.stride()[:3], *turn_strides,
         START_BATCH=starts_shape[0], START_HEADS=starts_shape[1], TOKEN_BATCH=tokens_shape[0], TOKEN_HEADS=tokens_shape[1],
-        BLOCK_K=block_k, LISTED=listed, TILED=listed and starts_shape[-1] > 0, SINGLE=listed and tokens_shape[-1] > 0,
+        BLOCK_K=fixed_size(block_k), LISTED=listed, TILED=listed and starts_shape[-1] > 0, SINGLE=listed and tokens_shape[-1] > 0,
         WEIGHTED=log_weight is not None, HEADS=list_heads, KV_HEADS=kv_heads, GROUP=shape.group, TILES=query_tiles,
         ROW_BLOCKS=shape.row_blocks, D=dim, DV=value_dim, RANK=rank, R1=first, R2=_padded_rank(rank) - first, PAIRS=pairs,
         REST=dim - 2 * pairs, INTERLEAVED=interleaved, TABLE=table, CAUSAL=causal and m > 1, SOFTCAP=softcap is not None,

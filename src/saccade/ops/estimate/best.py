@@ -1,0 +1,69 @@
+"""Scores of single tokens or pages for one query per head, and the best of them: what decoding methods choose with.
+
+    row_products    l_hj = q_h.r_j, every stored row read once for the query heads that share it
+    best_ids        the c highest of a row, ascending, ties to the lower index, with nothing sorted
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.ops.estimate.common import Impl, exact, note, use_triton
+from saccade.ops.scratch import as_exact
+
+CHUNK = 4 << 20  # bytes of stored rows turned to float32 at a time
+HALF = (torch.bfloat16, torch.float16)
+
+
+def row_products(q: Tensor, rows: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """q `(B, Hq, E)` times rows `(B, Hk, n, E)`, Hk dividing Hq: `(B, Hq, n)` in float32 (float64 for float64).
+
+    Rows are never repeated for the queries of a group. Half-precision rows are multiplied in float32: products rounded to 8 bits would
+    tie.
+    """
+    batch, kv_heads, n, dim = rows.shape
+    if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != dim or q.shape[1] % kv_heads:
+        raise ValueError(f"row_products: queries {tuple(q.shape)} do not fit rows {tuple(rows.shape)}: expected (B, heads, E)")
+    known = rows.dtype in HALF and q.dtype in (*HALF, torch.float32)
+    unsupported = None if known else f"the kernel takes float16 and bfloat16 rows, not {rows.dtype}"
+    fast = use_triton("row_products", impl, rows, unsupported)
+    note("row_products", "triton" if fast else "reference", rows, 1, n)
+    if fast and n:
+        from saccade.ops.estimate.triton.products import products
+
+        return products(q, rows)
+    wanted = exact(q)
+    queries = q.to(wanted).reshape(batch * kv_heads, q.shape[1] // kv_heads, dim)
+    flat = rows.flatten(0, 1)
+    if flat.dtype == wanted:
+        return (queries @ flat.mT).view(batch, q.shape[1], n)
+    step = max(1, CHUNK // max(1, n * dim * wanted.itemsize))
+    pieces = zip(queries.split(step), flat.split(step), strict=True)
+    return torch.cat([a @ as_exact(b, wanted, "dots").mT for a, b in pieces]).view(batch, q.shape[1], n)
+
+
+def best_ids(scores: Tensor, count: int, *, impl: Impl = "auto") -> Tensor:
+    """Positions of the `count` highest scores of each row of `(..., n)`, ascending, int64 `(..., count)`.
+
+    Ties go to the lower position. A nan counts as the highest score: what it stands for is read, not lost. No host synchronisation on a
+    GPU.
+    """
+    n = scores.shape[-1]
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"best_ids: count {count!r} is not a whole number of at least 0")
+    unsupported = None if scores.dtype in (torch.float32, *HALF) else f"the kernel takes float32 and halves, not {scores.dtype}"
+    fast = use_triton("best_ids", impl, scores, unsupported)
+    note("best_ids", "triton" if fast else "reference", scores.reshape(-1, 1, n) if scores.ndim < 2 else scores, 1, n)
+    if count >= n or count == 0:
+        return torch.arange(min(n, count), device=scores.device).expand(*scores.shape[:-1], -1)
+    if fast:
+        from saccade.ops.estimate.triton.best import best
+
+        return best(scores.reshape(-1, n), count).view(*scores.shape[:-1], count)
+    last = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    found = (scores >= last).nonzero()[:, -1]
+    if found.numel() != last.numel() * count:
+        # ties at the border, or a nan: only a stable sort puts the lower position first
+        found = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+    return found.view(*scores.shape[:-1], count)

@@ -1,0 +1,122 @@
+"""The best of a row: the same ids as a stable sort, whatever the values, in registers, by a sample, and when the sample misleads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.ops.estimate import best_ids, row_products
+from saccade.ops.gpu import has_triton
+from tests.ops.marks import long_when_interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sorted_ids(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Ties to the lower index, a nan above all."""
+    exact = scores.double().nan_to_num(nan=torch.inf, posinf=1e300, neginf=-1e300) + 0.0
+    exact[scores.isnan()] = torch.inf
+    return torch.sort(exact, dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+
+
+def rows(kind: str, r: int, n: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(r, n, generator=g)
+    if kind == "ties":
+        x = (2 * x).round()
+    elif kind == "zeros":
+        x = torch.where(x > 0, 0.0, -0.0)
+    elif kind == "special":
+        x[:, ::7] = torch.inf
+        x[:, 1::7] = -torch.inf
+        x[:, 5] = torch.nan
+    elif kind == "periodic":
+        x = x + 100 * (torch.arange(n) % 16 == 0)
+    elif kind == "rising":
+        x = torch.arange(n, dtype=torch.float32).expand(r, n) - n / 2
+    elif kind == "one value":
+        x = torch.full((r, n), -3.5)
+    return x.to(DEVICE)
+
+
+KINDS = ["normal", "ties", "zeros", "special", "periodic", "rising", "one value"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 40, 299])
+def test_reference(kind: str, count: int) -> None:
+    x = rows(kind, 3, 300)
+    assert torch.equal(best_ids(x, count, impl="reference"), sorted_ids(x, count))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 40, 299])
+def test_in_registers(kind: str, count: int) -> None:
+    x = rows(kind, 3, 300)
+    assert torch.equal(best_ids(x, count, impl="triton"), sorted_ids(x, count))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("kind", ["normal", "one value"])
+def test_a_long_row(kind: str) -> None:
+    from saccade.ops.estimate.triton.best import Sizes, launch
+
+    x = rows(kind, 1, 500)
+    assert torch.equal(launch(x, 70, Sizes(short=128, sample=64, block=256, kept=256)), sorted_ids(x, 70))
+
+
+@long_when_interpreted
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "count"), [(1500, 1), (1500, 200), (1500, 1499), (1025, 700)])
+def test_long_rows(kind: str, n: int, count: int) -> None:
+    """Among them rows whose sample misleads: one value, and a period that every sample hits."""
+    from saccade.ops.estimate.triton.best import Sizes, launch
+
+    small = Sizes(short=128, sample=64, block=256, kept=512)
+    x = rows(kind, 2, n)
+    assert torch.equal(launch(x, count, small), sorted_ids(x, count))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "count"), [(8192, 64), (16384, 4096), (131072, 8192), (131072, 131071), (2**20, 1000)])
+def test_real_sizes(kind: str, n: int, count: int) -> None:
+    x = rows(kind, 5, n)
+    assert torch.equal(best_ids(x, count, impl="triton"), sorted_ids(x, count))
+
+
+@given(st.lists(st.floats(width=32), min_size=2, max_size=50), st.integers(1, 49))
+@settings(max_examples=30, deadline=None)
+def test_any_numbers(values: list[float], count: int) -> None:
+    x = torch.tensor([values], dtype=torch.float32, device=DEVICE)
+    count = min(count, len(values))
+    assert torch.equal(best_ids(x, count), sorted_ids(x, count))
+
+
+def test_shapes_and_what_is_refused() -> None:
+    x = torch.randn(2, 3, 10, device=DEVICE)
+    assert best_ids(x, 4).shape == (2, 3, 4) and best_ids(x, 12).shape == (2, 3, 10) and best_ids(x, 0).shape == (2, 3, 0)
+    assert torch.equal(best_ids(x, 10)[0, 0].cpu(), torch.arange(10))
+    with pytest.raises(ValueError, match="count -1"):
+        best_ids(x, -1)
+    with pytest.raises(ValueError, match="do not fit rows"):
+        row_products(torch.randn(1, 3, 8), torch.randn(1, 2, 5, 8))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize(("heads", "kv_heads", "n", "dim"), [(6, 2, 300, 128), (3, 3, 70, 8), (32, 1, 129, 48), (2, 1, 1, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exact_query", [False, True])
+def test_products_are_those_of_float32(heads: int, kv_heads: int, n: int, dim: int, dtype: torch.dtype, exact_query: bool) -> None:
+    g = torch.Generator().manual_seed(n)
+    # room behind the rows, as storage that grows has it
+    stored = torch.randn(2, kv_heads, n + 9, dim, generator=g).to(DEVICE, dtype)[:, :, :n]
+    q = torch.randn(2, heads, dim, generator=g).to(DEVICE, torch.float32 if exact_query else dtype)
+    got, plain = (row_products(q, stored, impl=impl) for impl in ("triton", "reference"))
+    want = row_products(q.double(), stored.double())
+    assert got.shape == (2, heads, n) and got.dtype == torch.float32
+    assert float((got - want).norm() / want.norm()) <= 2 * float((plain - want).norm() / want.norm()) + 1e-6
