@@ -186,13 +186,13 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (["--methods", "snapkv"], "snapkv acts in the cache phase"),
         (["--methods", "minferenc"], "minference"),
-        (["--lengths", "100"], "no number of tokens from 256 on"),
-        (["--lengths", "512,512"], "give different lengths"),
+        (["--lengths", "100"], "no whole number from 256 on"),
+        (["--lengths", "512,512"], "give different numbers"),
         (["--shape", "llama"], "--shape llama is not known"),
         (["--inputs", "real"], "--inputs real is no kind of inputs"),
         (["--layers", "2", "--inputs", "random"], "--inputs is for one attention layer"),
         (["--n", "512"], "--n is not for prefill"),
-        (["--grid", "quick", "--methods", "minference"], "--methods is for prefill without a grid"),
+        (["--grid", "quick", "--methods", "minference"], "--methods is for prefill, step and mixer without a grid"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(words: list[str], message: str) -> None:

@@ -76,7 +76,8 @@ class Run:
 class Contestant:
     """make: prepares what is not timed and gives the Run; raises Skip where it can't. role: "ours", "dense" (what ratios are taken
     against) or "peer" (the same work, done by others). checked: whether its outputs are those of the case's check.
-    select: choosing what to read, timed apart."""
+    select: choosing what to read, timed apart. ahead_ms: on a GPU, how long it is kept busy before the clock starts, so that all launches
+    are queued and its work alone is timed; 0 for the time a user waits."""
 
     name: str
     role: Role
@@ -84,6 +85,7 @@ class Contestant:
     make: Callable[[], Run]
     checked: bool = True
     select: Callable[[], object] | None = None
+    ahead_ms: float = 0.0
 
 
 class Check(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 from saccade.bench.case import Case
 
-OPS = ("attend", "decode", "estimate", "scan", "quant", "prefill")
+OPS = ("attend", "decode", "estimate", "scan", "quant", "prefill", "step", "mixer")
 GRIDS = ("quick", "bars", "full")
 LIMITS_S = {"quick": 46.0, "bars": 150.0, "full": 320.0}
 ASKED_LIMIT_S = 1800.0  # of cases that were asked for one by one

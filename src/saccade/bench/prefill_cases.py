@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from saccade.attach.layers import LayerCall, LayerRunner
+from saccade.attach.calls import attention_calls
+from saccade.attach.layercall import LayerCall
+from saccade.attach.layers import LayerRunner
 from saccade.bench import peers, prefill_inputs
 from saccade.bench.attend_cases import Shape as AttendShape
 from saccade.bench.attend_cases import work
@@ -27,6 +29,7 @@ from saccade.bench.case import Case, Contestant, Field, Run, Settings, Work
 from saccade.bench.exact import AttentionCheck, distance
 from saccade.bench.prefill_inputs import KINDS, SHAPES, Shape
 from saccade.core import HeadLayout, LayerContext, Partial, Prefill, Selection
+from saccade.core.context import AttendPartial
 from saccade.methods import build, load_all
 from saccade.ops import attend, last_run
 
@@ -42,24 +45,24 @@ CPU_QUICK = (
 
 @dataclass
 class Tape:
-    """The attention calls of a method: what they were given and what they returned."""
+    """The attention calls of a method, what they were given and what they returned. run: computes one, as `saccade.attach` has it."""
 
-    settings: dict[str, Any]
+    run: AttendPartial
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     returned: list[Partial] = field(default_factory=list)
 
     def record(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
-        self.calls.append(((q, k, v, selection), {**self.settings, **options}))
-        self.returned.append(attend(q, k, v, selection, **self.calls[-1][1]))
+        self.calls.append(((q, k, v, selection), options))
+        self.returned.append(self.run(q, k, v, selection, **options))
         return self.returned[-1]
 
     def replay(self) -> list[Partial]:
-        return [attend(*given, **options) for given, options in self.calls]
+        return [self.run(*given, **options) for given, options in self.calls]
 
     @property
     def single(self) -> Selection | None:
         """The selection, if the method is one plain call over one."""
-        if len(self.calls) != 1 or set(self.calls[0][1]) != {*self.settings, "return_lse"}:
+        if len(self.calls) != 1 or self.calls[0][1].keys() != {"return_lse"}:
             return None
         return self.calls[0][0][3]
 
@@ -80,7 +83,7 @@ def context(q: Tensor, k: Tensor, v: Tensor, calls: Callable[..., Partial]) -> L
 
 def recorded(method: Prefill, q: Tensor, k: Tensor, v: Tensor, impl: str) -> tuple[Tape, Callable[[], Tensor]]:
     """The method's attention calls, and a call that does the method's own work alone."""
-    tape = Tape({"scale": q.shape[-1] ** -0.5, "softcap": None, "impl": impl})
+    tape = Tape(attention_calls("prefill", scale=q.shape[-1] ** -0.5, softcap=None, impl=impl))
     method.attend(context(q, k, v, tape.record), q, k, v)
 
     def own_work() -> Tensor:
@@ -165,11 +168,11 @@ def _model(spec: str, shape: Shape, layers: int, s: Settings) -> Field:
     return Field(contestants=contestants, density=density, note="random weights: attention has no structure to find")
 
 
-def random_model(shape: Shape, layers: int, s: Settings) -> Any:
-    """A Llama of the shape, with few words and random weights, on the device."""
+def random_model(shape: Shape, layers: int, s: Settings, hidden: int | None = None) -> Any:
+    """A Llama of the shape, with few words and random weights, on the device. hidden: channels, as many as the heads have by default."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden = shape.heads * shape.dim
+    hidden = hidden or shape.heads * shape.dim
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=round(MLP * hidden), num_hidden_layers=layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.dim, max_position_embeddings=shape.n,
@@ -235,7 +238,7 @@ def default_methods() -> list[str]:
     """Every prefill method that runs without a plan, but for those that are known to save nothing here."""
     return [
         slug for slug, kind in load_all().items()
-        if kind.info.phase == "prefill" and "calibration" not in kind.info.needs and slug not in SAVES_NOTHING
+        if issubclass(kind, Prefill) and "calibration" not in kind.info.needs and slug not in SAVES_NOTHING
     ]  # fmt: skip
 
 

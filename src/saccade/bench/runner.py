@@ -93,10 +93,17 @@ def _contest(op: str, case: Case, s: Settings, deadline: float) -> list[dict[str
         calls: dict[str, Callable[[], object]] = {name: e.run.call for name, e in alive.items() if e.run is not None}
         estimates = {name: e.once_ms for name, e in alive.items()}
         for name, e in alive.items():
-            if e.contestant.select is not None:
-                calls[_selecting(name)] = e.contestant.select
+            if e.contestant.select is None:
+                continue
+            try:
                 estimates[_selecting(name)] = once(e.contestant.select, s.device)[0]
-        times, failed = take_turns(calls, device=s.device, budget_ms=s.budget_ms, once_ms=estimates)
+                calls[_selecting(name)] = e.contestant.select
+            except Exception as error:  # a method whose choice differs from call to call can't be timed in parts
+                e.status, why = _reason(error, s)
+                e.notes.append(f"choosing: {why}")
+                calls.pop(name)
+        ahead = {name: e.contestant.ahead_ms for name, e in alive.items()}
+        times, failed = take_turns(calls, device=s.device, budget_ms=s.budget_ms, once_ms=estimates, ahead_ms=ahead)
     for name, error in failed.items():
         entry = alive[name.removesuffix(_selecting(""))]
         entry.status, why = _reason(error, s)

@@ -102,6 +102,11 @@ class KVLayer(CacheLayerMixin):
             new.update(layer.keys, layer.values)
         return new
 
+    def adopt_tail(self, other: KVLayer, room: int) -> None:
+        """Read the entries of another layer where they lie, and count on from there (see `Tail.twin`)."""
+        self.tail, self.seen = None if other.tail is None else other.tail.twin(room), other.seen
+        self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
+
     # -- transformers' interface -------------------------------------------------------------------------------------------
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,16 @@ class Tail:
             new = positions if name == "positions" else positions.new_zeros(m)
             x.append(new.to(x.view.dtype).expand(batch, heads, m))
         self.fresh += m
+
+    def twin(self, room: int) -> Tail:
+        """A second tail over the same storage that counts its entries by itself: what both append lands in the same places, as long as
+        it is not more than `room` entries."""
+        for x in (self._keys, self._values, *self._side.values()):
+            x.reserve(room)
+        new = copy.copy(self)
+        new._keys, new._values, new._real = copy.copy(self._keys), copy.copy(self._values), copy.copy(self._real)
+        new._side = {name: copy.copy(x) for name, x in self._side.items()}
+        return new
 
     def mark(self, name: str, last: Tensor) -> None:
         """Set a uint8 side array of the newest entries to `last (B, m)` in every head; older entries have 0 if it is new."""

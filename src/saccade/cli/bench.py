@@ -20,6 +20,8 @@ class Kind(StrEnum):
     scan = "scan"
     quant = "quant"
     prefill = "prefill"
+    step = "step"
+    mixer = "mixer"
 
 
 class Grid(StrEnum):
@@ -34,6 +36,7 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+_ASKED = (Kind.prefill, Kind.step, Kind.mixer)  # without a grid: what --methods, --lengths and so on ask for
 _ABOUT = {
     Kind.attend: {"n": 8192, "heads": 8, "kv_heads": 8, "dim": 64, "density": 0.10, "tile": 128, "repeats": 7},
     Kind.decode: {"n": 32768, "heads": 8, "kv_heads": 8, "dim": 64, "selected": 1024, "page": 1, "repeats": 7},
@@ -42,7 +45,10 @@ _ABOUT = {
 
 def command(
     kind: Annotated[
-        Kind, typer.Argument(help="attend: a prompt; decode: one query over a cache; estimate, scan, quant; prefill: whole methods.")
+        Kind,
+        typer.Argument(
+            help="attend: a prompt; decode: one query over a cache; estimate, scan, quant. Whole methods: prefill, step, mixer."
+        ),
     ],
     grid: Annotated[
         Grid | None, typer.Option("--grid", help="Many cases: quick in under a minute, bars (the marks) in two, full in a few.")
@@ -70,20 +76,23 @@ def command(
         float | None, typer.Option("--fail-slower", help="With --compare: exit code 1 where saccade got slower by more per cent.", min=0)
     ] = None,
     limit: Annotated[float | None, typer.Option("--limit", help="Of a grid: begin nothing after so many seconds.", min=1)] = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="prefill: specs separated by semicolons; all by default.")] = None,
-    lengths: Annotated[str | None, typer.Option("--lengths", help="prefill: such as 32768,131072.")] = None,
-    model_shape: Annotated[str | None, typer.Option("--shape", help="prefill: llama-8b (default on a GPU), qwen-7b, pocket.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="prefill, step, mixer: specs separated by semicolons.")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="prefill, step, mixer: such as 32768,131072.")] = None,
+    model_shape: Annotated[str | None, typer.Option("--shape", help="prefill, step: llama-8b (default on a GPU), qwen-7b, pocket.")] = None,
     inputs: Annotated[
         str | None, typer.Option("--inputs", help="prefill: captured from the pocket model (default), structured, random.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option("--layers", help="prefill: time the forward pass of a random model of so many layers.", min=1)
+        int | None, typer.Option("--layers", help="prefill: time a random model of so many layers; step: 8; mixer: 2.", min=1)
     ] = None,
+    batches: Annotated[str | None, typer.Option("--batches", help="step: sequences at once, such as 1,8; default 8.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="step: a whole model with random weights, not its attention alone.")] = False,
 ) -> None:  # fmt: skip
     """Time saccade's kernels against dense attention and other libraries in the same run.
 
     Without --grid one case is timed and printed as JSON. With it, a table: medians, rates, the time of the best dense kernel and of
-    the best peer over saccade's, the error on a slice, and how times grow with the length. prefill gives the table without a grid too.
+    the best peer over saccade's, the error on a slice, and how times grow with the length. prefill, step and mixer give the table without
+    a grid too.
     """
     import torch
 
@@ -98,16 +107,19 @@ def command(
         check_writable(path)
     if json is not None and html is not None and json.absolute() == html.absolute():
         raise ValueError(f"--json and --html both name {json}: give two files")
-    in_table = grid is not None or kind is Kind.prefill
+    in_table = grid is not None or kind in _ASKED
     device = device or ("cuda" if in_table and torch.cuda.is_available() else "cpu")
     _check_device(device)
     number = dtype or (DType.bfloat16 if in_table and device.startswith("cuda") else DType.float32)
-    asked = {"methods": methods, "lengths": lengths, "shape": model_shape, "inputs": inputs, "layers": layers}
+    asked = {
+        "methods": methods, "lengths": lengths, "shape": model_shape, "inputs": inputs, "layers": layers, "batches": batches,
+        "whole": whole or None,
+    }  # fmt: skip
     asked = {name: value for name, value in asked.items() if value is not None}
-    if asked and (kind is not Kind.prefill or grid is not None):
-        raise ValueError(f"--{next(iter(asked))} is for prefill without a grid: leave it out, or leave --grid out")
-    if kind is Kind.prefill and grid is None and (case or shape):
-        raise ValueError(f"--{'case' if case else next(iter(shape))} is not for prefill: give --methods, --lengths and --shape")
+    if asked and (kind not in _ASKED or grid is not None):
+        raise ValueError(f"--{next(iter(asked))} is for prefill, step and mixer without a grid: leave it out, or leave --grid out")
+    if kind in _ASKED and grid is None and (case or shape):
+        raise ValueError(f"--{'case' if case else next(iter(shape))} is not for {kind}: give --methods and --lengths")
     if not in_table:
         for option, value in (("--html", html), ("--compare", compare), ("--limit", limit)):
             if value is not None:
@@ -195,9 +207,9 @@ def _grid(
     if old is not None and old["op"] != kind.value:
         raise ValueError(f"{compare} is a result of {old['op']}: compare {kind.value} with one of its own")
     if grid is None:
-        from saccade.cli.bench_prefill import asked_cases
+        from saccade.cli.bench_asked import asked_cases
 
-        cases = asked_cases(asked, cuda=cuda, size=dtype.itemsize)
+        cases = asked_cases(kind.value, asked, cuda=cuda, size=dtype.itemsize)
     else:
         cases = grids.cases(kind.value, grid.value, cuda=cuda, only=only)
     size = ("full" if cuda else "quick") if grid is None else grid.value
@@ -261,7 +273,7 @@ def _measure(kind: Kind, grid: str, cases: list[Case], settings: Settings, words
 def _command(kind: Kind, *, case: list[str], **options: Any) -> str:
     words = ["saccade", "bench", kind.value]
     for name, value in options.items():
-        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        words += [] if value is None else [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     for name in case:
         words += ["--case", name]
     return shlex.join(words)

@@ -1,0 +1,101 @@
+"""Decoding steps and layers that train are timed on what they say: a long cache, all layers, and states as after n tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saccade.bench import mixer_cases, step_cases
+from saccade.bench.case import Settings
+from saccade.bench.runner import run_cases
+from saccade.bench.step_cases import Layers, decoding
+from saccade.bench.timing import take_turns
+from saccade.ops import decode
+
+CPU = Settings(device="cpu", dtype=torch.float32, budget_ms=1.0)
+SMALL = step_cases.Shape(512, 2, 4, 2, 32, 3)
+
+
+def test_a_step_reads_what_the_method_chooses_in_every_layer():
+    layers = Layers(decoding("quest(budget=64, page_size=16, dense_layers=1)"), SMALL, CPU)
+    before = [cache.tail.n for cache in layers.caches]
+    stats = [(r.stats.decode.computed, r.stats.decode.visible) for r in layers.runners]
+    layers.step()
+    assert [cache.tail.n for cache in layers.caches] == [n + 1 for n in before] == [SMALL.n + 2] * 3
+    read = [r.stats.decode.computed - old for r, (old, _) in zip(layers.runners, stats, strict=True)]
+    assert read[0] == SMALL.n + 2 and all(60 <= count <= 80 for count in read[1:])
+
+
+def test_layers_share_storage_and_have_an_index_and_queries_of_their_own():
+    layers = Layers(decoding("quest(budget=64, page_size=16, dense_layers=0)"), SMALL, CPU)
+    assert len({cache.tail.keys.data_ptr() for cache in layers.caches}) == 1
+    assert len({id(cache.states.get("decode", None)) for cache in layers.caches}) == 3
+    assert not torch.equal(layers.queries[0], layers.queries[1])
+
+
+def test_an_open_method_gives_the_dense_output():
+    layers = Layers(decoding("quest(budget=1.0, dense_layers=0)"), SMALL, CPU)
+    out = layers.step()
+    tail = layers.caches[-1].tail
+    assert torch.allclose(out, decode(layers.queries[-1], tail.keys, tail.values).out, atol=1e-5)
+
+
+def test_a_policy_holds_less_in_storage_of_its_own():
+    layers = Layers(decoding("snapkv(budget=0.25, window=16)"), SMALL, CPU)
+    assert layers.bytes()[0] < 0.5 * SMALL.cache_bytes(4)
+    dense = Layers(None, SMALL, CPU)
+    assert all(cache.tail.n == SMALL.n + 1 for cache in dense.caches)
+
+
+@pytest.mark.parametrize("make", [step_cases.attention_case, step_cases.model_case])
+def test_cases_run_beside_dense_attention(make):
+    rows = run_cases("step", "asked", [make("quest(budget=64)", SMALL, 4)], CPU)["rows"]
+    assert {row["role"] for row in rows} == {"ours", "dense"} and all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows
+
+
+def test_prefill_methods_are_refused():
+    with pytest.raises(ValueError, match="acts in the prefill phase"):
+        decoding("minference")
+
+
+def test_a_training_step_gives_every_parameter_a_gradient_and_runs_beside_a_llama():
+    shape = mixer_cases.Shape(32, 2, dim=32, heads=2, kv_heads=2)
+    field = mixer_cases.training_case("deltanet", shape, 4).build(CPU)
+    assert [c.role for c in field.contestants] == ["ours", "dense"]
+    for contestant in field.contestants:
+        y = contestant.make().call()
+        assert y.shape == (2, 32, 32)
+    assert field.contestants[0].work.flops < field.contestants[1].work.flops
+
+
+def test_states_are_those_after_n_tokens():
+    shape = mixer_cases.Shape(500, 1, dim=32, heads=2, kv_heads=2, layers=4)
+    stack = mixer_cases._stack("deltanet*3,softmax", shape, CPU)
+    _, states = stack(torch.randn(1, mixer_cases.PROMPT, 32))
+    filled = [mixer_cases._after(state, 500, CPU) for state in states]
+    assert [int(state.position) for state in filled] == [500] * 4
+    held = [[store.layer.tail.n for store in mixer_cases._stores(state.values)] for state in filled]
+    assert held == [[], [], [], [500]]
+    _, after = stack(torch.randn(1, 1, 32), filled)
+    assert [int(state.position) for state in after] == [501] * 4
+
+
+@pytest.mark.parametrize(("text", "message"), [("deltanet*x", "no layer"), ("deltanet*3", "does not divide 4"), ("deltanett", "deltanet")])
+def test_lists_of_layers_that_fit_nowhere(text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        mixer_cases.specs_of(text, 4)
+
+
+@pytest.mark.gpu
+def test_ahead_of_the_clock_the_launches_are_queued():
+    """Many small launches: their GPU work alone is well below what the host needs to send them."""
+    x = torch.ones(64, device="cuda")
+
+    def many() -> None:
+        for _ in range(200):
+            x.add_(1)
+
+    many()
+    runs = {"waiting": many, "queued": many}
+    times, _ = take_turns(runs, device="cuda", budget_ms=50, once_ms=dict.fromkeys(runs, 1.0), ahead_ms={"queued": 20})
+    assert times["queued"].median < 0.9 * times["waiting"].median
