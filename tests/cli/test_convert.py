@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,24 @@ def test_the_table_the_report_and_the_model(model: Path, tmp_path: Path):
     assert opened(**tokenizer("text", return_tensors="pt", return_token_type_ids=False)).logits.shape[-1] == 320
 
 
+def test_layers_are_chosen_and_named(model: Path, tmp_path: Path):
+    words = ["--to", "minicpm-sala(dense=64, local=32, block=16, top=5, stride=8, window=8)", "-o", str(tmp_path / "out")]
+    words += ["--layers", "select:2", "--transfer", "2", "--tune", "1", "--batch", "2", "--context", "64", "--length", "256"]
+    words += ["--samples", "1"]
+    result = run(model, *words)
+    assert result.exit_code == 0, result.output
+    assert "layers that stay: 0, 1 (measured in" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all("sparse=True" in spec for spec in report["layers"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--to", "lolcat"], "there is no method 'lolcat'"), (["--to", "snapkv"], "is no mixer"),
         (["--to", "lolcats", "--batch", "3", "--rows", "2"], "can't be run 2 at a time"),
         (["--to", "lolcats", "--layers", "odd"], "pattern 'odd' is not known"),
+        (["--to", "minicpm-sala", "--layers", "select:9"], "give from 2 to 2"),
         (["--to", "lolcats", "--context", "4096"], "too few for sequences of 4096 tokens"),
     ],
 )  # fmt: skip
@@ -66,7 +79,15 @@ def test_what_can_not_be_is_refused(model: Path, tmp_path: Path, words: list[str
     assert result.exit_code == 2 and message in result.output and not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_can_not_be(model: Path, tmp_path: Path):
+def test_an_output_folder_that_can_not_be(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     assert "is a file" in run(model, "--to", "lolcats", "-o", str(tmp_path / "file")).output
     assert "does not exist" in run(model, "--to", "lolcats", "-o", str(tmp_path / "no" / "out")).output
+    (tmp_path / "out").mkdir()
+    allowed, closed = os.access, (tmp_path, tmp_path / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode, **given: not (mode == os.W_OK and Path(path) in closed) and allowed(path, mode))
+    for place in ("out", "new"):
+        # before anything is loaded or scored
+        monkeypatch.setattr("saccade.evaluate.loading.load_model", None)
+        result = run(model, "--to", "lolcats", "-o", str(tmp_path / place))
+        assert result.exit_code == 2 and "is not writable" in result.output and "Traceback" not in result.output

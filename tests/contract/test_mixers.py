@@ -246,11 +246,12 @@ def test_gradcheck(spec: str):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spec", SPECS)
-def test_on_a_gpu_it_is_the_same(spec: str, dtype: torch.dtype):
+def test_on_a_gpu_it_is_the_same(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Kernels in place of plain torch: a prompt, padding, steps and gradients, by the rule of rounding."""
-    exact, mixer = (layer(spec, dtype, max_length=512) for _ in range(2))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default for convolutions and LSTMs in float32
+    exact, mixer, definition = (layer(spec, dtype, max_length=512) for _ in range(3))
     exact, mixer, x = exact.double(), mixer.cuda(), tokens(n=300, dtype=dtype)
-    truth, plain = exact.naive(x.double()), layer(spec, dtype, max_length=512).naive(x)
+    truth, plain = exact.naive(x.double()), definition.naive(x)
     allowed = 2 * error(plain, truth) + (1e-2 if dtype == torch.bfloat16 else 1e-4) * float(truth.abs().max())
     valid = torch.ones(3, 320, dtype=torch.bool)
     valid[:, :20] = False
@@ -264,12 +265,14 @@ def test_on_a_gpu_it_is_the_same(spec: str, dtype: torch.dtype):
             outs.append(y)
         if mixer.causality != "bidirectional":
             assert error(torch.cat(outs, 1).cpu(), truth) <= allowed
-    wanted = []
-    for run, given in ((lambda z: mixer(z, keep=False)[0], x.cuda()), (exact.naive, x.double())):
+    gradients = []
+    for run, given in ((lambda z: mixer(z, keep=False)[0], x.cuda()), (definition.naive, x.clone()), (exact.naive, x.double())):
         given.requires_grad_()
         (run(given).double().cpu() * tokens(n=300, seed=9)).sum().backward()
-        wanted.append(given.grad.double().cpu())
-    assert error(*wanted) <= (0.05 if dtype == torch.bfloat16 else 1e-3) * float(wanted[1].abs().max())
+        gradients.append(given.grad.double().cpu())
+    got, plain, truth = gradients
+    # recurrent and gated mixers lose digits by their nature: the definition itself, in this dtype, says how many
+    assert error(got, truth) <= 2 * error(plain, truth) + (0.05 if dtype == torch.bfloat16 else 1e-3) * float(truth.abs().max())
 
 
 @pytest.mark.parametrize("spec", TWO_WAY)

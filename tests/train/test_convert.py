@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from saccade.train.convert import ConvertConfig, convert, load, new_parameters, swap, transfer_losses
+from saccade.train.convert import ConvertConfig, convert, load, transfer_losses
+from saccade.train.swap import new_parameters, swap
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +80,14 @@ def test_a_lesson_reads_the_teachers_inputs_and_no_other_layer():
     assert float((mixer(x)[0] - truth).detach().square().mean()) == pytest.approx(second[0], rel=1e-3)
 
 
-def test_lawcat_is_taught_alike(tmp_path: Path):
+@pytest.mark.parametrize("to", ["lawcat(rank=4", "still(chunk=4, kept=1"])
+def test_other_mixers_are_taught_alike(tmp_path: Path, to: str):
     rows: list[dict[str, Any]] = []
-    config = settings(tmp_path, to="lawcat(rank=4)", transfer_steps=25, lora_steps=1)
+    config = settings(tmp_path, to=to + ")", transfer_steps=25, lora_steps=1)
     student = convert(teacher(attention_bias=False), lambda step, n: batches(0, n), config, rows.append)
-    assert student.config.specs == ["lawcat(rank=4, theta=5000.0)"] * 3
+    assert student.config.specs == [to + ", theta=5000.0)"] * 3
     assert rows[24]["loss"] < 0.9 * rows[0]["loss"]
+    assert load(tmp_path).config.specs == student.config.specs
 
 
 def test_transfer_trains_what_is_new_and_the_losses_fall(tmp_path: Path):

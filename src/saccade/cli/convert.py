@@ -22,8 +22,13 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result; a run in it goes on by the same command.")],
     model: Annotated[str, typer.Option(help="pocket, a folder with a saved model, or a name on the Hugging Face hub.")] = "pocket",
     layers: Annotated[
-        str, typer.Option("--layers", help="Which change: pure (all), 3:1 (all but every fourth), at:0,7 (all but these), bookend:1.")
-    ] = "pure",
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Which change: pure (all), 3:1 (all but every fourth), at:0,7 (all but these), bookend:1, select or select:3 (all but a "
+            "quarter, or three, chosen by measuring each). Default: pure; select for minicpm-sala.",
+        ),
+    ] = None,
     transfer: Annotated[int, typer.Option("--transfer", help="Steps of the attention transfer.", min=0)] = 200,
     tune: Annotated[int, typer.Option("--tune", help="Steps with adapters of low rank.", min=0)] = 200,
     transfer_rate: Annotated[float, typer.Option("--transfer-rate", help="Learning rate of the transfer.")] = 1e-2,
@@ -42,9 +47,11 @@ def command(
     """Replace the attention of a trained model by another mixer, teach it, and compare: bits per byte, needles, state, speed.
 
     The result is in OUT/weights (any `from_pretrained` loads it after `import saccade`), the comparison in OUT/report.json. "untaught" is
-    the converted model before any training.
+    the converted model before any training, with every layer converted where layers are chosen.
     """
+    from saccade.core.files import atomic_write, check_writable
     from saccade.train.convert import ConvertConfig
+    from saccade.train.layer_choice import selected
 
     config = ConvertConfig(
         to=to, out=out, pattern=layers, transfer_steps=transfer, lora_steps=tune, transfer_rate=transfer_rate, lora_rate=rate, rank=rank,
@@ -52,20 +59,20 @@ def command(
     )  # fmt: skip
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the result")
-    if not out.parent.is_dir():
-        raise ValueError(f"the folder {out.parent} does not exist: create it, or give another --out")
+    check_writable(out / "convert.json" if out.is_dir() else out)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from saccade.cli.console import console, write
-    from saccade.core.files import atomic_write
-    from saccade.evaluate.conversion import lessons, measure
+    from saccade.evaluate.conversion import judge, lessons, measure
     from saccade.evaluate.loading import load_model
     from saccade.evaluate.text import read_text, words
-    from saccade.train.convert import convert, swap
+    from saccade.train.convert import convert
     from saccade.train.corpus import load_corpus
+    from saccade.train.swap import swap
 
     teacher, tokenizer = load_model(model, device=device, dtype="float32", offline=offline)
-    untaught = swap(teacher, to, layers, seed)
+    chosen = selected(config.layers, teacher.config.num_hidden_layers)
+    untaught = swap(teacher, to, "pure" if chosen is not None else config.layers, seed)
     text = load_corpus(8.0)[0] if data is None else read_text(data)
     batches = lessons(tokenizer, text, words(text), context, seed)
 
@@ -80,10 +87,14 @@ def command(
         del untaught
 
         def show(row: dict[str, Any]) -> None:
+            if row["stage"] == "choice":
+                bar.update(task, description=f"layer {row['layer']}  recall {row['recall']:.2f}")
+                return
             done = row["step"] + (transfer if row["stage"] == "tune" else 0)
             bar.update(task, completed=done, description=f"{row['stage']}  loss {row['loss']:.4f}")
 
-        student = convert(teacher, batches, config, show)
+        weigh = None if chosen is None else judge(tokenizer, length=length, samples=samples, seed=seed)
+        student = convert(teacher, batches, config, show, weigh)
         bar.update(task, completed=transfer + tune, description="scoring the result")
         found["after"] = scored(student)
     tokenizer.save_pretrained(out / "weights")
@@ -94,6 +105,9 @@ def command(
         }  # fmt: skip
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write(_table(found, length))
+    if chosen is not None:
+        kept = json.loads((out / "layers.json").read_text(encoding="utf-8"))["kept"]
+        write(f"layers that stay: {', '.join(map(str, kept))} (measured in {out / 'layers.json'})")
     write(f"model: {out / 'weights'}")
 
 

@@ -19,9 +19,11 @@ from saccade.evaluate.tasks import Needle
 from saccade.evaluate.text import grammar
 from saccade.train.exams import needles
 from saccade.train.extend import Batches, next_token_loss
+from saccade.train.layer_choice import Measure
 from saccade.train.text import Grammar
 
 STEPS = 17  # tokens that are timed; the first is left out
+CHOICE_FROM = 100_000  # number of the first needle that layers are chosen by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,29 @@ def measure(model: PreTrainedModel, tokenizer: Any, *, length: int, samples: int
     state_bytes = sum(held) if held else run.kv_bytes
     steps = [run.feed([run.best()]) for _ in range(STEPS)]
     return Measured(bits=bits_per_byte(nats, size), needle=sum(found) / samples, state_bytes=state_bytes, decode_ms=median(steps[1:]))
+
+
+def judge(tokenizer: Any, *, length: int, samples: int = 8, seed: int = 0) -> Measure:
+    """What `saccade.train.layer_choice` measures a model by, on needles and texts of `length` tokens: the mean probability of the right
+    token, over the needles' answers (recall) and over the texts (common sense). Others than those that `measure` scores."""
+    codec = Codec(tokenizer)
+    texts = [[*codec.prefix, *codec.encode(grammar().haystack(Random(f"{seed}/choice/{index}"), length))] for index in range(samples)]
+    asked: list[tuple[list[int], int]] = []
+    for index in range(samples):
+        prompt = prompt_of(Needle(), codec, grammar(), length=length, seed=seed, index=CHOICE_FROM + index)
+        answer = codec.encode(prompt.sample.answers[0])
+        asked.append(([*prompt.context, *prompt.question, *answer], len(answer)))
+
+    @torch.no_grad()
+    def right(model: PreTrainedModel, ids: list[int]) -> Tensor:
+        return (-next_token_loss(model, torch.tensor([ids], device=next(model.parameters()).device))[0].double()).exp()
+
+    def found(model: PreTrainedModel) -> tuple[float, float]:
+        recall = torch.cat([right(model, ids)[-n:] for ids, n in asked])
+        common = torch.cat([right(model, ids) for ids in texts])
+        return float(recall.mean()), float(common.mean())
+
+    return found
 
 
 def lessons(tokenizer: Any, text: bytes, words: list[str], context: int, seed: int = 0) -> Batches:

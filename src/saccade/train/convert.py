@@ -1,41 +1,47 @@
 """Converting a trained transformer: softmax layers are replaced by mixers that keep its projections, and are taught to do as they did.
 
 1. The model becomes a hybrid decoder (`SaccadeForCausalLM`) with the same weights; chosen layers get the mixer of a spec, which takes over
-   q, k, v and o.
+   q, k, v and o (`saccade.train.swap`).
 2. Attention transfer: the trained model runs on text, and every new layer learns, from the input of the layer it stands for, to give the
    same outputs of heads (before the last projection). Layers see the trained model's inputs, never each other's, and only what is
-   new in them is trained: maps, factors, gates. Each layer's loss is computed and dropped while the model runs.
-3. Adapters of low rank on q, k, v and o learn to predict the next token; they are then merged.
+   new in them is trained: maps, factors, gates. Each layer's loss is computed and dropped while the model runs. Mixers that are taught
+   whole (minicpm-sala's lightning layers) learn the layer's output with all their weights, the taken-over ones at a tenth of the rate.
+3. With the pattern "select" it is then measured which layers should stay as they were (`saccade.train.layer_choice`).
+4. Adapters of low rank on q, k, v and o learn to predict the next token; they are then merged.
 
 The result is saved as `OUT/weights`, which any `from_pretrained` loads after `import saccade`. A run that was cut off goes on, by the same
 call, to the same numbers.
 
-Source: lolcats, arXiv 2410.10254, sections 3 and 4.
+Sources: lolcats, arXiv 2410.10254, sections 3 and 4; for 3. minicpm-sala, arXiv 2602.11761.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saccade.core import MixerShape, parse_spec
 from saccade.core.files import atomic_write
 from saccade.methods import build_mixer
-from saccade.models.decoder import SaccadeConfig, SaccadeForCausalLM, schedule
+from saccade.models.decoder import SaccadeForCausalLM
 from saccade.models.pocket import quiet
-from saccade.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from saccade.train.extend import PROJECTIONS, Batches, add_adapters, next_token_loss
+from saccade.train.checkpoint import latest_checkpoint, load_checkpoint, reason, save_checkpoint
+from saccade.train.extend import Batches, add_adapters, next_token_loss
+from saccade.train.layer_choice import CHOICE, Measure, choose_layers, read_choice, selected
 from saccade.train.metrics import FILE as METRICS
 from saccade.train.metrics import append_row, cut_rows
+from saccade.train.swap import learns_whole, new_parameters, swap, taken_over, taught_parameters, teaches
 
 SCHEMA = "saccade.convert/1"
 LOSS_SCALE = 1000.0  # on the squared errors of the transfer, as published
@@ -48,15 +54,17 @@ class ConvertConfig:
 
     to: the mixer's spec. out: folder for `convert.json`, `weights/`, and checkpoints and `metrics.jsonl` of
     both stages in `transfer/` and `tune/`. pattern: which layers change, as
-    `saccade.models.decoder.schedule` reads it: "pure" (all), "3:1", "at:0,7" (all but these). transfer_steps, lora_steps: of the
-    two stages, 0 leaves one out. transfer_rate, lora_rate: AdamW's, falling to a tenth along a cosine. rank, alpha: of the adapters.
+    `saccade.models.decoder.schedule` reads it: "pure" (all), "3:1", "at:0,7" (all but these); or "select" and "select:3": a quarter, or
+    three, stay, chosen by measuring each; default: "select" for a mixer with layers of its own that stay (minicpm-sala), else "pure".
+    transfer_steps, lora_steps: of the two stages, 0 leaves one out. transfer_rate, lora_rate: AdamW's, falling to a tenth along a cosine.
+    rank, alpha: of the adapters.
     tune_new: train what is new beside the adapters too. batch: sequences a step, of which `rows` are run at a time. every: steps from one
     checkpoint to the next. clip: longest gradient of the second stage. seed: of all that is drawn.
     """
 
     to: str
     out: Path
-    pattern: str = "pure"
+    pattern: str | None = None
     transfer_steps: int = 200
     lora_steps: int = 200
     transfer_rate: float = 1e-2
@@ -82,66 +90,22 @@ class ConvertConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
         build_mixer(self.to)  # its own error where the spec is wrong
 
-
-def swap(teacher: PreTrainedModel, to: str, pattern: str = "pure", seed: int = 0) -> SaccadeForCausalLM:
-    """`teacher`, a Llama-like transformers model, as a hybrid decoder whose layers of `pattern` are mixers `to`, with its weights.
-
-    It is on the teacher's device, in its dtype, in eval mode; what the mixers add is new, drawn by the seed. Fields `theta` and `bias` of
-    the spec follow the teacher unless they are given. ValueError for models that are built otherwise, and for mixers that can't take over
-    the projections or turn by other angles.
-    """
-    facts = _facts(teacher)
-    config = teacher.config
-    kept = f"softmax(theta={facts['theta']!r}, bias={facts['bias']})"
-    specs = schedule(
-        pattern, config.num_hidden_layers, _fitted(to, facts), build_mixer(kept).spec
-    )
-    shape = SaccadeConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, layers=specs,
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads, head_dim=facts["head_dim"],
-        max_position_embeddings=config.max_position_embeddings, rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = SaccadeForCausalLM(shape)
-    base = teacher.model
-    _copy(student.model.embed_tokens, base.embed_tokens)
-    _copy(student.model.norm, base.norm)
-    if not config.tie_word_embeddings:
-        _copy(student.lm_head, teacher.lm_head)
-    for index, (block, layer) in enumerate(zip(student.model.stack.blocks, base.layers, strict=True)):
-        _copy(block.norm, layer.input_layernorm)
-        _copy(block.feed_norm, layer.post_attention_layernorm)
-        _copy(block.feed_forward, layer.mlp)
-        for name in PROJECTIONS:
-            if not isinstance(getattr(block.mixer, name, None), nn.Linear):
-                raise ValueError(f"{specs[index]} has no {name} to take over from a trained layer: convert to lolcats or hedgehog")
-            _copy(getattr(block.mixer, name), getattr(layer.self_attn, name), f"{specs[index]}: {name}")
-    some = next(teacher.parameters())
-    return student.to(device=some.device, dtype=some.dtype).eval()
-
-
-def new_parameters(student: SaccadeForCausalLM) -> dict[str, nn.Parameter]:
-    """What the mixers added to the trained model, by name."""
-    found: dict[str, nn.Parameter] = {}
-    for index, block in enumerate(student.model.stack.blocks):
-        for name, parameter in block.mixer.named_parameters():
-            if not any(part in PROJECTIONS for part in name.split(".")):
-                found[f"model.stack.blocks.{index}.mixer.{name}"] = parameter
-    return found
+    @property
+    def layers(self) -> str:
+        """The pattern, also where none was given."""
+        return self.pattern or ("select" if hasattr(build_mixer(self.to), "staying") else "pure")
 
 
 def transfer_losses(teacher: PreTrainedModel, student: SaccadeForCausalLM, ids: Tensor, done: Callable[[Tensor], None]) -> list[float]:
-    """The mean squared error of every new layer's heads on `ids (B, N)`, in the layers' order; `done` gets each loss while it has a graph.
+    """The mean squared error of every new layer on `ids (B, N)`, in the layers' order; `done` gets each loss that has a graph.
 
-    The teacher runs once, without gradients; a layer's loss is let go before the next layer runs.
+    It is that of the heads, or of the layer's output where the layer is taught whole. The teacher runs once, without gradients; a layer's
+    loss is let go before the next layer runs.
     """
     losses: list[float] = []
     with ExitStack() as hooks, torch.no_grad():
         for block, layer in zip(student.model.stack.blocks, teacher.model.layers, strict=True):
-            if any(True for _ in _added(block.mixer)):
+            if teaches(block.mixer):
                 hooks.enter_context(_Lesson(layer.self_attn, block.mixer, losses, done))
         teacher.model(input_ids=ids, use_cache=False)
     return losses
@@ -160,10 +124,13 @@ class _Lesson:
         def compare(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any], out: Any) -> None:
             x = given["hidden_states"] if "hidden_states" in given else args[0]
             with torch.enable_grad():
-                self.mixer(x.detach(), keep=False)
-                loss = (ours.pop().float() - heads.pop().float()).square().mean()
+                y, _ = self.mixer(x.detach(), keep=False)
+                pair = heads.pop(), ours.pop()
+                wanted, found = (out[0], y) if learns_whole(self.mixer) else pair
+                loss = (found.float() - wanted.float()).square().mean()
                 self.losses.append(loss.item())
-                self.done(loss)
+                if loss.requires_grad:
+                    self.done(loss)
 
         # what goes into the last projection is what the heads read
         self.handles = [
@@ -181,10 +148,10 @@ def transfer(
     teacher: PreTrainedModel, student: SaccadeForCausalLM, batches: Batches, config: ConvertConfig, progress: Progress | None = None
 ) -> None:
     """Stage 1, in place: teach what is new in the student's layers. `progress` gets {stage, step, loss (mean squared error), layers}."""
-    new = new_parameters(student)
+    taught = taught_parameters(student)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
-    for parameter in new.values():
+    for parameter in taught.values():
         parameter.requires_grad_(True)
     device = next(student.parameters()).device
 
@@ -200,8 +167,12 @@ def transfer(
             sums = [a + b / len(pieces) for a, b in zip(sums or [0.0] * len(found), found, strict=True)]
         return {"loss": sum(sums) / max(1, len(sums)), "layers": [round(x, 8) for x in sums]}
 
-    if new:
-        _train("transfer", new, step, batches, config, config.transfer_steps, config.transfer_rate, None, progress)
+    groups = [
+        ({name: p for name, p in taught.items() if not taken_over(name)}, config.transfer_rate),
+        ({name: p for name, p in taught.items() if taken_over(name)}, config.transfer_rate / 10),
+    ]
+    if taught:
+        _train("transfer", groups, step, batches, config, config.transfer_steps, None, progress)
 
 
 def tune(
@@ -225,18 +196,25 @@ def tune(
             total += loss.item()
         return {"loss": total}
 
-    _train("tune", trained, step, batches, config, config.lora_steps, config.lora_rate, config.clip, progress)
+    _train("tune", [(trained, config.lora_rate)], step, batches, config, config.lora_steps, config.clip, progress)
     return wrapped.merge_and_unload().eval()
 
 
-def convert(teacher: PreTrainedModel, batches: Batches, config: ConvertConfig, progress: Progress | None = None) -> SaccadeForCausalLM:
+def convert(
+    teacher: PreTrainedModel, batches: Batches, config: ConvertConfig, progress: Progress | None = None, measure: Measure | None = None
+) -> SaccadeForCausalLM:
     """Convert `teacher` on `batches` and write the result to `config.out / "weights"`; a run in that folder goes on.
 
-    The teacher is frozen and otherwise unchanged. ValueError as in `swap`, for a folder with a run of other settings, and where nothing can
+    The teacher is frozen and otherwise unchanged. measure: what the pattern "select" weighs layers by, such as
+    `saccade.evaluate.conversion.judge(...)`. ValueError as in `swap`, for a folder with a run of other settings, and where nothing can
     be written: the last good checkpoint then stays.
     """
-    student = swap(teacher, config.to, config.pattern, config.seed)
-    _claim(config, student)
+    many = selected(config.layers, teacher.config.num_hidden_layers)
+    if many is not None and measure is None:
+        raise ValueError(f"the pattern {config.layers!r} needs measure=: give saccade.evaluate.conversion.judge(...), or name the layers")
+    student = swap(teacher, config.to, config.layers if many is None else "pure", config.seed)
+    with _writing("the settings", config.out):
+        _claim(config, student)
     asked = [(p, p.requires_grad) for p in teacher.parameters()]
     try:
         teacher.requires_grad_(False)
@@ -244,12 +222,60 @@ def convert(teacher: PreTrainedModel, batches: Batches, config: ConvertConfig, p
     finally:
         for parameter, wanted in asked:
             parameter.requires_grad_(wanted)
+    if many is not None and measure is not None:
+        student = _with_chosen_layers(teacher, student, config, many, measure, progress)
     if config.lora_steps:
         # other sequences than those of the first stage
         student = tune(student, lambda step, n: batches(step + config.transfer_steps, n), config, progress)
-    with quiet():
-        student.save_pretrained(config.out / "weights")
+    with _writing("the weights", config.out):
+        _save(student, config.out)
     return student.requires_grad_(False)
+
+
+def _with_chosen_layers(
+    teacher: PreTrainedModel, taught: SaccadeForCausalLM, config: ConvertConfig, many: int, measure: Measure, progress: Progress | None
+) -> SaccadeForCausalLM:
+    """The student of which `many` layers stay, those that `choose_layers` finds; the choice is kept as `layers.json`."""
+    path = config.out / CHOICE
+    if (kept := read_choice(path)) is None:
+        choice = choose_layers(swap(teacher, config.to, "0:1", config.seed), taught, measure, many, progress)
+        with _writing(CHOICE, config.out):
+            choice.write(path)
+        kept = choice.kept
+    student = swap(teacher, config.to, f"at:{','.join(map(str, kept))}", config.seed)
+    for index, (own, other) in enumerate(zip(student.model.stack.blocks, taught.model.stack.blocks, strict=True)):
+        if index not in kept:
+            own.mixer.load_state_dict(other.mixer.state_dict())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return student
+
+
+def _save(student: SaccadeForCausalLM, out: Path) -> None:
+    """Write `out / "weights"` under another name first, so that what is found there is whole."""
+    partial, old = out / ".weights.partial", out / ".weights.old"
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with quiet():
+            student.save_pretrained(partial)
+        if (out / "weights").exists():
+            os.replace(out / "weights", old)
+        os.replace(partial, out / "weights")
+    finally:
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(what: str, out: Path) -> Iterator[None]:
+    """Around a write: what fails becomes one sentence that says what is still there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        last = latest_checkpoint(out / "tune") or latest_checkpoint(out / "transfer")
+        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+        raise ValueError(
+            f"{what} can't be written to {out} ({reason(error)}): free some space or choose another folder, and start again; {kept}"
+        ) from error
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> SaccadeForCausalLM:
@@ -263,19 +289,24 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Saccad
 
 
 def _train(
-    stage: str, parameters: Mapping[str, nn.Parameter], step: Callable[[Tensor], dict[str, Any]], batches: Batches, config: ConvertConfig,
-    steps: int, rate: float, clip: float | None, progress: Progress | None,
+    stage: str, groups: Sequence[tuple[Mapping[str, nn.Parameter], float]], step: Callable[[Tensor], dict[str, Any]], batches: Batches,
+    config: ConvertConfig, steps: int, clip: float | None, progress: Progress | None,
 ) -> None:  # fmt: skip
-    """Run the steps that are left of a stage: its checkpoints hold `parameters`, the optimizer's state and the step."""
-    held = nn.ParameterDict({name.replace(".", "/"): p for name, p in parameters.items()})
-    optimizer = torch.optim.AdamW(held.values(), lr=rate, weight_decay=0.0)
+    """Run the steps that are left of a stage: its checkpoints hold the parameters of all groups, the optimizer's state and the step.
+
+    groups: parameters by name, and their rate.
+    """
+    groups = [(parameters, rate) for parameters, rate in groups if parameters]
+    held = nn.ParameterDict({name.replace(".", "/"): p for parameters, _ in groups for name, p in parameters.items()})
+    optimizer = torch.optim.AdamW([{"params": list(parameters.values()), "lr": rate} for parameters, rate in groups], weight_decay=0.0)
     folder = config.out / stage
     last = latest_checkpoint(folder)
     begin = 0 if last is None else load_checkpoint(last, held, [optimizer])["step"]
-    folder.mkdir(parents=True, exist_ok=True)
-    cut_rows(folder / METRICS, begin)
+    with _writing(METRICS, config.out):
+        folder.mkdir(parents=True, exist_ok=True)
+        cut_rows(folder / METRICS, begin)
     for index in range(begin, steps):
-        for group in optimizer.param_groups:
+        for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = rate * (0.55 + 0.45 * math.cos(math.pi * index / steps))
         row = step(batches(index, config.batch))
         if not math.isfinite(row["loss"]):
@@ -285,7 +316,8 @@ def _train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         row = {"stage": stage, "step": index + 1, **row}
-        append_row(folder / METRICS, row)
+        with _writing(METRICS, config.out):
+            append_row(folder / METRICS, row)
         if (index + 1) % config.every == 0 or index + 1 == steps:
             save_checkpoint(folder, index + 1, held, [optimizer], {})
         if progress is not None:
@@ -295,6 +327,7 @@ def _train(
 def _claim(config: ConvertConfig, student: SaccadeForCausalLM) -> None:
     """Write the settings into the folder, or check that those of the run in it are the same."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "rows", "every")}
+    settings["pattern"] = config.layers
     facts = {"schema": SCHEMA, "layers": student.config.specs, "settings": settings}
     path = config.out / "convert.json"
     config.out.mkdir(parents=True, exist_ok=True)
@@ -308,51 +341,3 @@ def _claim(config: ConvertConfig, student: SaccadeForCausalLM) -> None:
         return
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _facts(teacher: PreTrainedModel) -> dict[str, Any]:
-    """theta, bias and head_dim of a Llama-like model; ValueError where something in it is built otherwise."""
-    config, name = teacher.config, type(teacher).__name__
-    if config.model_type not in ("llama", "mistral", "qwen2"):
-        raise ValueError(f"{name} can't be converted: give a model of the kind llama, mistral or qwen2")
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    odd = {
-        "a scaled rotary embedding": rope.get("rope_type", "default") != "default" or "rope_theta" not in rope,
-        "an activation other than silu": config.hidden_act != "silu",
-        "biases in its feed-forward layers": getattr(config, "mlp_bias", False),
-        "a sliding window": bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True),
-        "a bias in its output projection": getattr(teacher.model.layers[0].self_attn.o_proj, "bias", None) is not None,
-    }
-    if found := [what for what, there in odd.items() if there]:
-        raise ValueError(f"{name} has {found[0]}, which a converted layer can't have: give another model")
-    attention = teacher.model.layers[0].self_attn
-    return {"theta": float(rope["rope_theta"]), "bias": attention.q_proj.bias is not None, "head_dim": int(attention.head_dim)}
-
-
-def _fitted(to: str, facts: Mapping[str, Any]) -> str:
-    """The spec with the model's theta and bias where it has such fields and does not give them."""
-    mixer = build_mixer(to)
-    known = {field.name for field in fields(mixer)}
-    given = parse_spec(to)[1] if "&" not in to else {}
-    mixer = replace(mixer, **{name: facts[name] for name in ("theta", "bias") if name in known and name not in given})
-    probe = mixer.module(MixerShape(dim=4 * facts["head_dim"], heads=4, head_dim=facts["head_dim"]))
-    theta = getattr(getattr(probe, "rotary", None), "theta", facts["theta"])
-    if theta != facts["theta"]:
-        raise ValueError(
-            f"{mixer.spec} turns by angles of base {theta:g} and the model by {facts['theta']:g}: convert to lolcats, or give its theta"
-        )
-    return mixer.spec
-
-
-def _added(mixer: nn.Module) -> Iterable[str]:
-    return (name for name, _ in mixer.named_parameters() if not any(part in PROJECTIONS for part in name.split(".")))
-
-
-@torch.no_grad()
-def _copy(target: Any, source: Any, what: str = "the model") -> None:
-    own, given = dict(target.named_parameters()), dict(source.named_parameters())
-    if own.keys() != given.keys() or any(own[name].shape != value.shape for name, value in given.items()):
-        shapes = [{name: tuple(x.shape) for name, x in one.items()} for one in (given, own)]
-        raise ValueError(f"{what} can't take over weights {shapes[0]}, its own are {shapes[1]}: choose another mixer or other fields")
-    for name, value in given.items():
-        own[name].copy_(value)

@@ -12,6 +12,8 @@ def last_tokens(before: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
     lengths: `(B,)` how many of the new tokens of each row are real, the first ones; None: all.
     """
     w = before.shape[1]
+    if lengths is None and new.shape[1] >= w:
+        return new[:, new.shape[1] - w :].clone()
     joined = torch.cat([before, new], dim=1)
     if lengths is None:
         return joined[:, joined.shape[1] - w :].clone()
