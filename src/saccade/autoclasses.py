@@ -1,4 +1,4 @@
-"""Makes `AutoConfig` and `AutoModelForCausalLM` know saccade's models, without importing transformers before its user does.
+"""Makes `AutoConfig` and transformers' other auto classes know saccade's models, without importing transformers before its user does.
 
 `watch` registers at once what can be; else it leaves a finder on `sys.meta_path` that waits for transformers' own modules and looks for
 nothing else. The models are made of `PreTrainedModel`, whose module may import that of the auto classes, so they are registered when
@@ -8,6 +8,7 @@ neither is half imported.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -17,13 +18,20 @@ from typing import Any
 _CONFIGS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
 _BASE = "transformers.modeling_utils"
-_OURS = "saccade.models.decoder.model"
+# home, config, and for each auto class the model; the last one is the last to be defined in its module
+_FAMILIES = (
+    ("saccade.models.decoder", "SaccadeConfig", (("AutoModel", "SaccadeModel"), ("AutoModelForCausalLM", "SaccadeForCausalLM"))),
+    (
+        "saccade.models.vit", "SaccadeViTConfig",
+        (("AutoModel", "SaccadeViTModel"), ("AutoModelForImageClassification", "SaccadeViTForImageClassification")),
+    ),
+)  # fmt: skip
 
 
 def watch() -> None:
     """Register now, or as soon as transformers' auto classes are imported."""
     register()
-    if not _has(_OURS, "SaccadeForCausalLM"):
+    if not all(_has(f"{home}.model", pairs[-1][1]) for home, _, pairs in _FAMILIES):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -35,19 +43,17 @@ def _has(name: str, attribute: str) -> bool:
 def register() -> None:
     """Whatever can be registered by now."""
     if _has(_CONFIGS, "AutoConfig"):
-        from saccade.models.decoder.config import SaccadeConfig
-
-        sys.modules[_CONFIGS].AutoConfig.register(SaccadeConfig.model_type, SaccadeConfig, exist_ok=True)
+        for home, config, _ in _FAMILIES:
+            found = getattr(import_module(f"{home}.config"), config)
+            sys.modules[_CONFIGS].AutoConfig.register(found.model_type, found, exist_ok=True)
     # what is being imported registers at its end
-    ends = ((_BASE, "PreTrainedModel"), (_OURS, "SaccadeForCausalLM"))
+    ends = [(_BASE, "PreTrainedModel"), *((f"{home}.model", pairs[-1][1]) for home, _, pairs in _FAMILIES)]
     half_way = any(name in sys.modules and not _has(name, last) for name, last in ends)
-    if _has(_MODELS, "AutoModelForCausalLM") and not half_way:
-        from saccade.models.decoder.config import SaccadeConfig
-        from saccade.models.decoder.model import SaccadeForCausalLM, SaccadeModel
-
-        auto = sys.modules[_MODELS]
-        auto.AutoModelForCausalLM.register(SaccadeConfig, SaccadeForCausalLM, exist_ok=True)
-        auto.AutoModel.register(SaccadeConfig, SaccadeModel, exist_ok=True)
+    if _has(_MODELS, "AutoModelForImageClassification") and not half_way:
+        for home, config, pairs in _FAMILIES:
+            models, key = import_module(f"{home}.model"), getattr(import_module(f"{home}.config"), config)
+            for auto, model in pairs:
+                getattr(sys.modules[_MODELS], auto).register(key, getattr(models, model), exist_ok=True)
 
 
 class _Finder(MetaPathFinder):

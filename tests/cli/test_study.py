@@ -72,6 +72,32 @@ def test_mistakes_are_said_in_a_line(tmp_path: Path, words: list[str], message: 
     assert not (tmp_path / "study").exists()
 
 
+def test_a_hybrid_study(tmp_path: Path) -> None:
+    small = [
+        "--depth", "2", "--dim", "8", "--heads", "1", "--length", "16", "--pairs", "2", "--vocab", "8", "--batch", "2", "--steps", "2",
+        "--text-steps", "1", "--device", "cpu",
+    ]  # fmt: skip
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.md").write_text("a line of text\n" * 20)
+    words = ["hybrid", "-o", str(tmp_path / "out"), "--mixers", "deltanet, hgrn", "--ratios", "pure,1:1", "--text", str(tmp_path / "text")]
+    cut = run(*words, *small, "--seconds", "0")
+    assert cut.exit_code == 0 and "missing, for the time was up: softmax: recall, softmax: text, deltanet 0 of 2: recall" in cut.stdout
+    done = run(*words, *small)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert len(found["rows"]) == 5 and not found["missing"] and found["settings"]["folder"] == str(tmp_path / "text")
+    assert "pure (0)" in done.stdout and "softmax (2)" in done.stdout and "bits per byte" in done.stdout
+    assert f"{found['rows'][0]['text']['bits']:.3f}" in done.stdout and "hgrn 1 of 2: text: accuracy" in done.stderr
+    assert "<h1>Hybrids of linear attention and softmax</h1>" in (tmp_path / "out" / "study.html").read_text()
+    other = run(*words, *small, "--steps", "3")
+    assert other.exit_code == 2 and "was made with steps 2, but 3 was given now" in other.stderr
+
+
+def test_a_failed_contestant_is_told_at_the_end(tmp_path: Path) -> None:
+    result = run("recall", "-o", str(tmp_path), "-l", "softmax", *SMALL, "--steps", "4", "--rate", "1e30")
+    assert result.exit_code == 1 and "failed: softmax: at step" in result.stdout and "lower optimizer.rate" in result.stderr
+
+
 @pytest.mark.slow
 def test_the_delta_rule_recalls_what_a_sum_does_not(tmp_path: Path) -> None:
     settings = RecallSettings(depth=2, steps=800, evaluations=16, samples=2)

@@ -6,33 +6,34 @@ trains in a folder of its own, so a study that was cut off goes on where it stop
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from saccade.core.files import atomic_write
-from saccade.core.spec import split_top_level
+from saccade.evaluate.study import (
+    SOLVED,
+    Finished,
+    Job,
+    Outcome,
+    Progress,
+    count_parameters,
+    folder_name,
+    open_study,
+    parse_contestant,
+    run_jobs,
+    solved_at,
+)  # fmt: skip
 from saccade.train.curve import Chart, Table, write_page
-from saccade.train.loop import train
-from saccade.train.metrics import FILE, read_rows
-from saccade.train.models import build_model
 from saccade.train.recipe import Evaluation, Precision, Recipe, Rule, Schedule
 from saccade.train.sets import build_set
 
 SCHEMA = "saccade.study-recall/1"
-SOLVED = 0.95  # an accuracy from which on the task counts as solved
 LLAMA = "llama"  # a contestant of its own: the transformer of the transformers library, for comparison
 CONTESTANTS = (
     "softmax", "lightning-attention", "deltanet", "kimi-linear(gate='token')", "kimi-linear", "based",
     "lightning-attention*3,softmax", "deltanet*3,softmax", "kimi-linear*3,softmax",
 )  # fmt: skip
-_TIMES = re.compile(r"(.+?)\s*\*\s*(\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +57,6 @@ class RecallSettings:
     samples: int = 8
     seed: int = 0
     precision: Precision = "float32"
-
-
-def parse_contestant(text: str, depth: int) -> list[str]:
-    """The layers that a contestant names: specs with commas between, `spec*3` for three alike, the whole repeated up to `depth`.
-
-    "deltanet*3,softmax" at depth 8 is three deltanet layers and a softmax layer, twice. Raises ValueError where the list does not fit.
-    """
-    layers: list[str] = []
-    for part in split_top_level(text, ","):
-        match = _TIMES.fullmatch(part)
-        spec, count = (match[1], int(match[2])) if match else (part, 1)
-        layers += [spec] * count
-    if not layers or depth % len(layers):
-        raise ValueError(f"the contestant {text!r} lists {len(layers)} layers, which do not repeat evenly to a depth of {depth}")
-    return layers * (depth // len(layers))
 
 
 def describe(text: str, settings: RecallSettings) -> dict[str, Any]:
@@ -106,45 +92,40 @@ def recipe_for(text: str, settings: RecallSettings, device: str | None = None) -
 
 def run_study(
     contestants: Sequence[str], settings: RecallSettings, out: str | Path, device: str | None = None, command: str = "",
-    progress: Callable[[str, dict[str, Any]], None] | None = None,
+    progress: Progress | None = None, *, workers: int = 1, seconds: float | None = None, finished: Finished | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train all contestants, or go on where a study in `out` stopped; the result of schema SCHEMA, also written as `out/study.json`.
 
-    `progress` is called with a contestant and each row of its metrics. Every contestant is built before the first one trains: raises
-    ValueError or TypeError, in one sentence that names it, for one that can't be.
+    workers, seconds, progress, finished: as in `saccade.evaluate.study.run_jobs`; contestants are told by name. Every contestant is built
+    before the first one trains: raises ValueError or TypeError, in one sentence that names it, for one that can't be. One whose training
+    fails stands under "failed" with a sentence, and those not started under "missing".
     """
     names = list(dict.fromkeys(contestants))
     if not names:
         raise ValueError("the study has no contestants: name at least one list of layers")
-    sizes: dict[str, int] = {}
     recipes = {name: recipe_for(name, settings, device) for name in names}
     build_set(recipes[names[0]].data)  # what does not fit is said before anything is written
-    for name in names:
-        try:
-            sizes[name] = build_model(recipes[name].model, settings.vocab).num_parameters()
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"the contestant {name!r} can't be built: {error}") from None
-    out = Path(out)
-    rows = []
-    for name in names:
-        folder = out / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        result = train(recipes[name], folder, None if progress is None else lambda row, name=name: progress(name, row))
-        curve = [[row["step"], row["eval accuracy"]] for row in read_rows(folder / FILE) if "eval accuracy" in row]
-        rows.append({
-            "contestant": name, "layers": parse_contestant(name, settings.depth), "parameters": sizes[name],
-            "accuracy": result.scores["accuracy"], "loss": result.scores["loss"], "steps": result.steps,
-            "seconds": round(result.seconds, 1), "solved_at": next((step for step, share in curve if share >= SOLVED), None),
-            "curve": curve,
-        })  # fmt: skip
-    found = {
-        "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "command": command,
-        "environment": {"torch": torch.__version__, "device": _device_name(device), "threads": torch.get_num_threads()},
-        "settings": asdict(settings), "rows": rows,
-    }  # fmt: skip
-    with atomic_write(out / "study.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+    sizes = count_parameters({name: describe(name, settings) for name in names}, settings.vocab)
+    write = open_study(out, SCHEMA, settings, command, device)
+    jobs = [Job(name=name, folder=Path(out) / folder_name(name), recipe=recipes[name]) for name in names]
+
+    def write_rows(outcome: Outcome) -> dict[str, Any]:
+        rows = [
+            {
+                "contestant": name, "layers": parse_contestant(name, settings.depth), "parameters": sizes[name],
+                "accuracy": found["scores"]["accuracy"], "loss": found["scores"]["loss"], "steps": found["steps"],
+                "seconds": found["seconds"], "solved_at": solved_at(found["curve"]), "curve": found["curve"],
+            }
+            for name in names if (found := outcome.finished.get(name)) is not None
+        ]  # fmt: skip
+        return write(rows=rows, failed=outcome.failed, missing=outcome.missing)
+
+    def after(name: str, outcome: Outcome) -> None:
+        write_rows(outcome)
+        if finished is not None:
+            finished(name, outcome)
+
+    return write_rows(run_jobs(jobs, workers=workers, seconds=seconds, progress=progress, finished=after))
 
 
 HEADER = ("layers", "accuracy", "loss", f"solved at ({SOLVED:.0%})", "parameters", "seconds")
@@ -170,14 +151,3 @@ def write_study_page(result: dict[str, Any], path: str | Path) -> Path:
     tables = [Table(title="Contestants", header=HEADER, rows=table_rows(result))]
     facts = {"command": result["command"], **{key: str(value) for key, value in {**result["environment"], **result["settings"]}.items()}}
     return write_page(Path(path), title, facts, charts, tables)
-
-
-def shrunk(settings: RecallSettings, **changes: Any) -> RecallSettings:
-    """The settings with some of them changed; None leaves one as it is."""
-    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _device_name(device: str | None) -> str:
-    if device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return torch.cuda.get_device_name()
