@@ -54,7 +54,7 @@ def test_a_method_that_can_not_run_is_left_out_with_its_reason(model: LlamaForCa
     def select(*given: object) -> None:
         raise ValueError("no room for pages")
 
-    good, bad = gallery.small("sampleattention"), gallery.small("minference")
+    good, bad = "sampleattention(alpha=0.5, row_share=0.2, window_share=0.1, block=16)", gallery.shown("minference")
     monkeypatch.setattr(load("minference"), "select", select)
     found, failed = gallery.maps(model, ids(), [bad, good])
     assert list(found) == [good] and "no room for pages" in failed[bad]
@@ -62,4 +62,19 @@ def test_a_method_that_can_not_run_is_left_out_with_its_reason(model: LlamaForCa
 
 def test_only_what_selects_keys_is_drawn() -> None:
     assert gallery.drawn("quest") and not gallery.drawn("zipcache")
-    assert "page_size=4" in gallery.small("quest")
+    assert gallery.shown("quest") == "quest(budget=0.25)" and gallery.shown("random-tiles") == "random-tiles"
+    assert gallery.shown("streaming-llm") == "streaming-llm(window=256)", "holes are filled for the prompt that is drawn"
+
+
+def test_a_shortened_prompt_shows_the_tokens_that_stay(model: LlamaForCausalLM) -> None:
+    spec = "gemfilter(budget=0.25, at=1, kernel=3)"
+    found, failed = gallery.maps(model, ids(), [spec, "duoattention", "quest(budget=1.0)"])
+    assert list(found) == [spec] and failed["quest(budget=1.0)"] == "nothing is left out of this prompt"
+    assert failed["duoattention"] == "duoattention has a part that is trained: give its plan"
+    for head in found[spec]:
+        n = head["size"]
+        kept = base64.b64decode(head["selections"][spec])
+        last, before = kept[(n - 1) * n :], kept[(n - 2) * n : (n - 1) * n]
+        assert last[: n - 2] == before[: n - 2], "every query reads the same columns"
+        # pooled columns hold 8 tokens each: a quarter of all stays
+        assert abs(sum(last[: n - 1]) / 255 + 1 - n / 4) < 1.6

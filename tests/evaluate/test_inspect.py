@@ -54,6 +54,7 @@ def test_tile_sums_are_the_exact_map_pooled(
     n: int, rows: int, columns: int, pairs: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maps, "PAIRS", pairs)
+    monkeypatch.setattr(maps, "ROWS", 1 if pairs < 4000 else maps.ROWS)
     q, k = inputs(n)
     told: list[float] = []
     sums, lse = maps.tile_sums(q, k, rows, columns, scale=0.25, softcap=softcap, progress=told.append)
@@ -64,6 +65,10 @@ def test_tile_sums_are_the_exact_map_pooled(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     diagonal = whole.diagonal(dim1=1, dim2=2).log() + lse
     torch.testing.assert_close(diagonal, logits.diagonal(dim1=1, dim2=2), rtol=0, atol=1e-12)
+    values = torch.randn(1, 2, n, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    again = maps.whole(q, k, values, rows, columns, scale=0.25, softcap=softcap)
+    assert torch.equal(again.sums, sums) and again.out is not None
+    torch.testing.assert_close(again.out[0], whole @ values[0].repeat_interleave(2, 0), rtol=0, atol=1e-12)
     assert told == sorted(told) and told[-1] == 1.0 and (len(told) > 1) == (pairs < 4000)
     torch.testing.assert_close(maps.pool_sums(sums, 2, 4), pooled(whole, 2 * rows, 4 * columns), rtol=0, atol=1e-12)
 

@@ -21,6 +21,7 @@ def command(
     tasks: Annotated[str, typer.Option(help="Tasks separated by commas; those of the table.")] = "",
     modes: Annotated[str, typer.Option(help="aware, agnostic or both; those of the table.")] = "",
     seconds: Annotated[float | None, typer.Option(help="Stop before the next line once so many seconds have gone by.")] = None,
+    patience: Annotated[float | None, typer.Option(help="Give a line up after so many seconds.", min=1)] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the result there, every few seconds.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables there as Markdown.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the file given to --json.")] = False,
@@ -64,7 +65,7 @@ def command(
 
         result = run_table(
             kind, loaded, tokenizer, seed=seed, json_path=json, resume=resume, layers=not no_layers, name=model, options=options,
-            tell=tell, **chosen,
+            patience=patience, tell=tell, **chosen,
         )  # fmt: skip
     write(table(result))
     if markdown is not None:

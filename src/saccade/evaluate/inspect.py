@@ -88,7 +88,7 @@ def inspect(
     inputs = {"input_ids": torch.tensor([list(ids)], device=next(model.parameters()).device), "use_cache": False}
     if "logits_to_keep" in signatures.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1  # the logits of a long prompt would be larger than all of its attention
-    with reading_session(model, run.layer) as session:
+    with reading_session(model, lambda *_: None, dense=run.layer) as session:
         run.total = len(session.managed)
         model(**inputs)
     codec = Codec(tokenizer)
@@ -119,7 +119,8 @@ class _Run:
         self.total = 1
         self._shared: dict[int, dict[Any, Any]] = {}
 
-    def layer(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    def layer(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Look at a layer's attention; its output."""
         done = len(self.layers)
 
         def tell(share: float, what: str) -> None:
@@ -130,7 +131,7 @@ class _Run:
         fine = None if selection is None else kept.whole_tiles(selection, self.tile, q.shape[1])
         rows, columns = fine or (self.tile, self.tile)
         options: dict[str, Any] = {"scale": ctx.scale, "softcap": ctx.softcap}
-        sums, lse = maps.tile_sums(q, k, rows, columns, **options, progress=lambda share: tell(share, ""))
+        sums, lse, out = self._whole(ctx, q, k, v, rows, columns, lambda share: tell(share, ""))
         covered = None
         if selection is not None and fine is not None:
             covered = kept.mass_of_tiles(selection, sums, rows, columns)
@@ -159,6 +160,18 @@ class _Run:
         mass_from = None if selection is None else "tiles" if fine is not None else "rows"
         self.layers.append({"layer": ctx.layer, "density": measured, "mass_from": mass_from, "heads": heads})
         tell(1.0, "")
+        return out
+
+    def _whole(
+        self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, progress: Callable[[float], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over tiles, log-sum-exp and output. On a CPU one pass over the scores gives all three."""
+        options: dict[str, Any] = {"scale": ctx.scale, "softcap": ctx.softcap, "progress": progress}
+        if q.is_cuda:
+            return *maps.tile_sums(q, k, rows, columns, **options), ctx.attend(q, k, v, None)
+        sums, lse, out = maps.whole(q, k, v, rows, columns, **options)
+        assert out is not None
+        return sums, lse, out
 
     def _selected(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> tuple[Selection | None, float | None]:
         """What the method selects, by token, and the density of what it computes when it runs (repairs and probes included)."""

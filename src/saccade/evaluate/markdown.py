@@ -59,9 +59,11 @@ def text(result: dict[str, Any]) -> str:
         parts += ["## Errors of the attention output and attention mass covered, by layer\n", _markdown(layers)]
     lists = (
         ("Worse than random", worse_than_random(result["rows"])), ("Failed", failures(result)),
-        ("Missing", result.get("table", {}).get("missing", [])),
+        ("Missing", result.get("table", {}).get("missing", [])), ("Notes", result["notes"]),
     )  # fmt: skip
     for title, lines in lists:
+        if title == "Notes" and not lines:
+            continue
         parts += [f"## {title}\n", "".join(f"- {line}\n" for line in lines) or "Nothing.\n"]
     return "\n".join(parts)
 
@@ -100,7 +102,7 @@ def _prefill(rows: list[dict[str, Any]]) -> Grid:
         own = {(row["task"], row["mode"]): row for row in rows if row["method"] == method}
         known = [row for row in own.values() if row["status"] == "ok"]
         density = "-" if not known or known[0]["prefill_density"] is None else f"{known[0]['prefill_density']:.3f}"
-        ms = f"{known[0]['prefill_ms']:.1f}" if known else "-"
+        ms = f"{known[0]['prefill_ms']:.1f}" if known and known[0]["prefill_ms"] is not None else "-"
         lines.append([f"`{method}`", density, *(_score(own.get(column)) for column in columns), ms])
     return header, lines
 

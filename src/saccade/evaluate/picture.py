@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from saccade.attach import attach
 from saccade.attach.capture import reading_session
-from saccade.core import Decode, LayerContext, Partial, Selection
+from saccade.core import Decode, LayerContext, Partial, PromptReduction, Selection
 from saccade.evaluate.contenders import Contender
 from saccade.evaluate.maps import as_bytes, log_scaled
 from saccade.evaluate.replay import LayerReplay, probabilities
@@ -22,13 +23,16 @@ MAX_HEADS = 8
 
 
 @torch.no_grad()
-def picture(model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender], text: str) -> dict[str, Any]:
+def picture(
+    model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders: Sequence[Contender], text: str,
+    only: Collection[tuple[int, int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The "attention" part of a result: one dense run over `ids`, pooled, and the keys that each contender reads or
     keeps.
 
     prompt: where cache policies act (the end, or the end of the context in query-agnostic runs). text: the prompt's
-    beginning. At most MAX_LAYERS layers and MAX_HEADS heads of each, evenly spread. A contender that fails is left out
-    and named, with the reason, under "failed".
+    beginning. At most MAX_LAYERS layers and MAX_HEADS heads of each, evenly spread; of those `only` the pairs (layer, head) that are
+    named. A contender that fails is left out and named, with the reason, under "failed".
     """
     pool = 8 if len(contenders) <= 5 else 16
     length = len(ids) // pool * pool
@@ -38,18 +42,29 @@ def picture(model: PreTrainedModel, ids: Sequence[int], prompt: int, contenders:
     failed: dict[str, str] = {}
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     chosen = set(_spread(count, MAX_LAYERS))
+    shortened: dict[str, Tensor] = {}
+    for contender in shown:
+        if isinstance(contender.methods.get("prefill"), PromptReduction):
+            try:
+                shortened[contender.spec] = _columns(model, contender, list(ids[:length]))
+            except Exception as error:  # as below
+                failed[contender.spec] = f"{type(error).__name__}: {error}"
 
     def draw(ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         masks: dict[str, Tensor] = {}
         for contender in shown:
             if contender.spec not in failed:
+                if contender.spec in shortened:
+                    masks[contender.spec] = shortened[contender.spec].expand(1, length, length)
+                    continue
                 try:
                     replay = LayerReplay(ctx, q, k, v, contender, shared[contender.spec])
                     masks[contender.spec] = _selected(replay, contender, min(prompt, length), length, pool)
                 except Exception as error:  # the others still have their pictures
                     failed[contender.spec] = f"{type(error).__name__}: {error}"
         if ctx.layer in chosen:
-            layers.append(_layer(ctx, q[:, :, :length], k[:, :, :length], masks, pool))
+            heads = [head for head in _spread(q.shape[1], MAX_HEADS) if only is None or (ctx.layer, head) in only]
+            layers.append(_layer(ctx, q[:, :, :length], k[:, :, :length], masks, pool, heads))
 
     device = next(model.parameters()).device
     with reading_session(model, draw):
@@ -125,14 +140,26 @@ def _one_step(decode: Decode, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor
     return torch.stack([row.repeat_interleave(heads // row.shape[0], 0) for row in read]).any(0)
 
 
-def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int) -> dict[str, Any]:
+def _columns(model: PreTrainedModel, contender: Contender, ids: list[int]) -> Tensor:
+    """The tokens that stay of a prompt that the method shortens, `(length,)` bool: the keys that every query then reads."""
+    method: Any = contender.methods["prefill"]
+    with attach(model, prefill=method, plan=contender.plans) as session:
+        given = torch.tensor([ids], device=next(model.parameters()).device)
+        model(input_ids=given)
+        stay = torch.ones(len(ids), dtype=torch.bool, device=given.device)
+        if session.chosen is not None:
+            stay = torch.zeros_like(stay).index_fill(0, session.chosen.places[0].to(stay.device), True)
+    return stay
+
+
+def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int, shown: Sequence[int]) -> dict[str, Any]:
     """One layer's heads: maps, selections, mass and density."""
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     size = length // pool
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     cells = _pooled(visible, pool)
     heads = []
-    for head in _spread(q.shape[1], MAX_HEADS):
+    for head in shown:
         own = k[:, head // group : head // group + 1]
         weights = probabilities(q[:, head : head + 1], own, 0, ctx.scale, ctx.softcap)[0]
         selections, mass, density = {}, {}, {}

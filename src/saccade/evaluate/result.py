@@ -141,8 +141,11 @@ def by_depth(scores: Sequence[float], depths: Sequence[Sequence[float]]) -> list
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:
-    """Write the file at once or not at all; numbers that JSON has no word for become null."""
-    text = json.dumps(_finite(result), indent=1, allow_nan=False)
+    """Write the file at once or not at all, a row a line; numbers that JSON has no word for become null."""
+    clean = _finite(result)
+    rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in clean.get("rows", []))
+    head = json.dumps({**clean, "rows": []} if rows else clean, indent=1, allow_nan=False)
+    text = head.replace('\n "rows": []', f'\n "rows": [\n{rows}\n ]', 1) if rows else head
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

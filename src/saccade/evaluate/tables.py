@@ -30,6 +30,7 @@ from saccade.evaluate.fidelity import measure
 from saccade.evaluate.lineups import CACHE, PREFILL, Entry, entries
 from saccade.evaluate.lockstep import Together, aligned_prompts, batches, check_task, run_together
 from saccade.evaluate.memory import Peak
+from saccade.evaluate.patience import within
 from saccade.evaluate.planning import Plans
 from saccade.evaluate.prompts import Codec, Prompt
 from saccade.evaluate.score import summary
@@ -84,6 +85,7 @@ class _Run:
     ends: float
     json_path: str | Path | None
     command: Callable[[str, Cell], str]
+    patience: float | None
     warmed: set[str] = field(default_factory=set)
     saved: float = -math.inf
 
@@ -113,13 +115,14 @@ def run_table(
     kind: str, model: PreTrainedModel, tokenizer: Any, *, lengths: Sequence[int], samples: int = 8, aims: Sequence[str] = (),
     systems: Sequence[str] = (), tasks: Sequence[str] = (), modes: Sequence[str] = (), seconds: float | None = None, seed: int = 0,
     json_path: str | Path | None = None, resume: bool = False, layers: bool = True, name: str = "pocket", options: Sequence[str] = (),
-    tell: Callable[[str], None] = lambda _: None,
+    patience: float | None = None, tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the table `kind`, "prefill" or "cache", and return the result.
 
     aims, systems, tasks, modes: of all those it has, only these. seconds: stop before the next line once so much time has gone by; the
-    result's "table" says what is missing, and `resume` goes on with the file. layers: measure errors and masses by layer too (prefill).
-    A line that fails is recorded and the rest goes on. ValueError, before anything runs, for arguments that fit no table.
+    result's "table" says what is missing, and `resume` goes on with the file. patience: seconds after which a line is given up. layers:
+    measure errors and masses by layer too (prefill). A line that fails is recorded and the rest goes on. ValueError, before anything runs,
+    for arguments that fit no table.
     """
     check_arguments(kind, lengths, samples, aims, systems, tasks, modes, seconds)
     if json_path is not None:
@@ -147,7 +150,7 @@ def run_table(
     codec = Codec(tokenizer)
     run = _Run(
         kind, model, codec, Plans(model, codec, text_grammar(None), seed), result, seed,
-        math.inf if seconds is None else began + seconds, json_path, command,
+        math.inf if seconds is None else began + seconds, json_path, command, patience,
     )  # fmt: skip
     missing: list[str] = []
     try:
@@ -254,7 +257,7 @@ def _row(run: _Run, cell: Cell, spec: str, entry: Entry | None, groups: list[lis
         try:
             plans = run.plans.of(found, cell.length)
             methods: dict[str, Any] = dict(found.methods)
-            with attach(run.model, **methods, plan=plans, seed=run.seed) if methods else nullcontext() as session:
+            with within(run.patience), attach(run.model, **methods, plan=plans, seed=run.seed) if methods else nullcontext() as session:
                 if run.plans.device.type == "cuda" and found.slug not in run.warmed:
                     # kernels compile when they first run
                     run_together(run.model, run.codec, groups[0], cell.mode, session, step=STEP[run.kind])
