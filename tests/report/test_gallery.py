@@ -35,23 +35,29 @@ def decode(data: bytes) -> tuple[int, int, bytes]:
         assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
         parts[kind] = body
         at += 12 + length
-    width, height = struct.unpack(">II", parts[b"IHDR"][:8])
-    raw = zlib.decompress(parts[b"IDAT"])
-    rows = [raw[y * (3 * width + 1) : (y + 1) * (3 * width + 1)] for y in range(height)]
+    width, height, depth, kind = struct.unpack(">IIBB", parts[b"IHDR"][:10])
+    assert depth == 8 and (kind == 3) == (b"PLTE" in parts)
+    raw, line = zlib.decompress(parts[b"IDAT"]), width if kind == 3 else 3 * width
+    rows = [raw[y * (line + 1) : (y + 1) * (line + 1)] for y in range(height)]
     assert all(row[0] == 0 for row in rows)
-    return width, height, b"".join(row[1:] for row in rows)
+    pixels = b"".join(row[1:] for row in rows)
+    return width, height, b"".join(parts[b"PLTE"][3 * i : 3 * i + 3] for i in pixels) if kind == 3 else pixels
 
 
 def test_png_holds_its_pixels() -> None:
     pixels = bytes(range(2 * 3 * 3))
     assert decode(png(2, 3, pixels)) == (2, 3, pixels)
+    many = bytes(x for i in range(20 * 20) for x in (i % 256, i // 256, 7))
+    few = bytes(x for i in range(20 * 20) for x in (i % 256, 0, 7))
+    assert decode(png(20, 20, many)) == (20, 20, many) and decode(png(20, 20, few)) == (20, 20, few)
+    assert b"PLTE" in png(20, 20, few) and b"PLTE" not in png(20, 20, many)
     with pytest.raises(ValueError, match="no picture of 2 x 2"):
         png(2, 2, pixels)
 
 
 def test_colours_say_what_is_read_and_what_is_missed() -> None:
     # first column: attention that is read, attention that is missed; then read without attention
-    width, height, pixels = picture(entry(head(2, [255, 0, 255, 0], [255, 0, 0, 255])))
+    width, height, pixels = picture([head(2, [255, 0, 255, 0], [255, 0, 0, 255])], "quest")
     assert (width, height) == (2 * SCALE, 2 * SCALE)
 
     def at(x: int, y: int) -> tuple[int, ...]:
@@ -63,17 +69,27 @@ def test_colours_say_what_is_read_and_what_is_missed() -> None:
     assert max(missed) - min(missed) < 12 and sum(INK) < sum(missed) < 3 * PAGE  # grey, lighter than what is read
     assert idle[2] > idle[0] + 40  # blue
 
+    plain = picture([head(2, [255, 0, 255, 0], [255, 0, 0, 255])], None)[2]
+    assert tuple(plain[:3]) == INK and plain.count(bytes(INK)) >= 2 * SCALE, "without a method all attention is dark"
+    assert tuple(plain[-3:]) == (PAGE,) * 3
+
 
 def test_heads_stand_side_by_side() -> None:
     one = head(2, [0] * 4, [0] * 4)
-    width, height, _ = picture(entry(one, one, one))
+    width, height, _ = picture([one, one, one], "quest")
     assert (width, height) == (3 * 2 * SCALE + 2 * GAP, 2 * SCALE)
 
 
 def test_the_page_names_its_numbers_and_its_command(tmp_path: Path) -> None:
-    path = write_gallery([entry(head(1, [9], [9]))], tmp_path / "out", caption="Four heads.", command="saccade gallery")
+    words = {"caption": "Four heads.", "command": "saccade gallery"}
+    path = write_gallery([entry(head(1, [9], [9]))], tmp_path / "out", **words, absent={"moa": "no plan"})
     page = path.read_text(encoding="utf-8")
-    for part in ("## decode", "[quest](https://arxiv.org/abs/2406.10774)", "quest.png", "50% of the visible", "75% of the attention"):
+    named = ("## Retrieval while decoding", "[quest](https://arxiv.org/abs/2406.10774)", "quest.png", "50% of the visible")
+    for part in (*named, "75% of the attention", "From left to right: layer 0 head 0.", "(attention.png)", "- moa: no plan."):
         assert part in page
     assert "`saccade gallery`" in page
-    assert decode((path.parent / "quest.png").read_bytes())[:2] == (SCALE, SCALE)
+    for name in ("quest.png", "attention.png"):
+        assert decode((path.parent / name).read_bytes())[:2] == (SCALE, SCALE)
+    with pytest.raises(ValueError, match="no method could be drawn"):
+        write_gallery([], tmp_path / "none", caption="", command="")
+    assert not (tmp_path / "none").exists()
