@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ MIXERS: dict[str, type[Mixer]] = {slug: kind for slug, kind in load_all().items(
 SPECS = [format_spec(slug, dict(fields)) for slug, kind in MIXERS.items() for fields in (kind.info.tiny, *kind.info.variants)]
 ONE_WAY = [spec for spec in SPECS if build_mixer(spec).info.causality != "bidirectional"]
 TWO_WAY = [spec for spec in SPECS if spec not in ONE_WAY]
+FIRST = {format_spec(slug, dict(kind.info.tiny)) for slug, kind in MIXERS.items()}
 SAME = 1e-10  # two forms in float64
 N = 75  # no multiple of a chunk or a window
 
@@ -35,6 +38,11 @@ def tokens(b: int = 3, n: int = N, dim: int = 32, seed: int = 5, dtype: torch.dt
 
 def error(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).abs().max())
+
+
+def first_of(specs: list[str]) -> list[Any]:
+    """One spec of each mixer for the fast tests, the others for the slow ones."""
+    return [spec if spec in FIRST else pytest.param(spec, marks=pytest.mark.slow) for spec in specs]
 
 
 def opted_out(spec: str, axis: str) -> None:
@@ -79,7 +87,7 @@ def test_many_tokens_equal_the_definition(spec: str):
     assert error(mixer(one)[0], mixer.naive(one)) < SAME and error(mixer(two)[0], mixer.naive(two)) < SAME
 
 
-@pytest.mark.parametrize("spec", ONE_WAY)
+@pytest.mark.parametrize("spec", first_of(ONE_WAY))
 @torch.no_grad()
 def test_token_by_token_and_in_chunks_equal_the_definition(spec: str):
     mixer, x = layer(spec), tokens()
@@ -100,7 +108,7 @@ def test_key_heads_may_be_shared(spec: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", first_of(SPECS))
 @torch.no_grad()
 def test_rounding_is_that_of_the_definition(spec: str, dtype: torch.dtype):
     exact = layer(spec, dtype).double()  # the weights as they are in dtype
@@ -209,7 +217,7 @@ def test_nothing_comes_from_the_future(spec: str):
         assert error(mixer(other)[0][:, : i + 1], y[:, : i + 1]) < SAME, i
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", first_of(SPECS))
 def test_gradients_are_those_of_the_definition(spec: str):
     mixer = layer(spec)
     found = []

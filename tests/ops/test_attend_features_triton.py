@@ -66,6 +66,7 @@ def test_not_causal(feature: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiles", "odd tiles", "singles"])
+@long_when_interpreted
 @pytest.mark.parametrize("features", [("positions", "sinks"), ("lengths", "starts", "low rank"), ("sequences",)])
 @long_when_interpreted
 def test_selections(features: tuple[str, ...], kind: str) -> None:

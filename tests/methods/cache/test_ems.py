@@ -162,6 +162,7 @@ def test_full_budget_is_dense() -> None:
         assert error(logits(model, ids, steps=10), dense) < 1e-9
 
 
+@pytest.mark.slow
 def test_pocket_expects_what_it_did() -> None:
     """Half the cache. Measured, bits from dense: H2O 0.090, EMS without merging 0.073, EMS 0.068."""
     merged, evicted = divergence("ems(budget=0.5)"), divergence("ems(budget=0.5, threshold=2.0)")

@@ -170,6 +170,7 @@ def pocket_plan() -> Plan:
     return saccade.calibrate(pocket(), A2ATS(centroids=256, iterations=4), batches)
 
 
+@pytest.mark.slow
 def test_the_pocket_model_finds_a_needle() -> None:
     prompt = needle()
     text, stats = answer(prompt, A2ATS(budget=0.1), pocket_plan())

@@ -184,7 +184,7 @@ def test_planners_are_spread_over_the_depth() -> None:
 # -- the pocket model ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["named", "calibrated"])
+@pytest.mark.parametrize("how", ["named", pytest.param("calibrated", marks=pytest.mark.slow)])
 def test_the_pocket_model_finds_a_needle(how: str) -> None:
     prompt = needle()
     method = DeltaLayerAware(budget=0.25, dense=(0, 4) if how == "named" else None, first=1)

@@ -231,6 +231,7 @@ def full_layers(plan: Plan) -> int:
     return sum(int(plan.tensor(layer, "role")) < 0 for layer in range(8))
 
 
+@pytest.mark.slow
 def test_the_pocket_model_finds_a_needle() -> None:
     prompt, plan = needle(), calibrated()
     text, stats = answer(prompt, SPEC, plan)

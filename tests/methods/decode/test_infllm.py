@@ -170,6 +170,7 @@ def test_blocks_read_lately_stay_on_the_device() -> None:
     assert recent.held[0].shape[2] == 4 and recent.loaded < 100 + 2 * 20 and bool(runner_out.isfinite().all())
 
 
+@pytest.mark.slow
 def test_needle_is_found_through_a_quarter_of_the_context() -> None:
     prompt = needle()
     spec = "infllm(n_local=128, n_init=16, chunk=64, block=32, representatives=1, blocks=10, cached=12)"

@@ -193,6 +193,7 @@ def test_spans_beat_fixed_blocks_where_needles_lie_across_their_borders() -> Non
     assert found["spans"] > 1.5 * found["blocks"] > 0, found
 
 
+@pytest.mark.slow
 def test_needle_is_found_through_a_quarter_of_the_context() -> None:
     prompt = needle(1024)
     spec = "ltri-llm(n_local=96, n_init=8, chunk=64, stretch=64, longest=32, budget=120)"
