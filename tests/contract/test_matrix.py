@@ -76,7 +76,7 @@ def test_sparse_is_sparse(slug: str) -> None:
     assert error(got, dense) > 1e-5, "a method that changes nothing has not been measured"
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("slug", ALL)
 def test_padding(slug: str, side: str) -> None:
     """A padded row gives what the same row gives alone."""

@@ -208,6 +208,7 @@ def test_importing_it_needs_nothing():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_auto_classes_know_it_after_import_saccade(tmp_path: Path) -> None:
     model("mala").save_pretrained(tmp_path)
     code = (

@@ -24,6 +24,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 GATES = ("none", "head", "token", "channel")
 FORMS = [(gate, delta) for gate in GATES for delta in (False, True)]
 TRIO = (("reference", True), ("reference", False), ("triton", False))
+QUICK = [("none", False), ("none", True), ("head", False), ("token", True)]
 HALF = [("none", True), ("token", False), ("channel", True)]  # the interpreter is slow: 16 bits for three forms
 
 
@@ -199,7 +200,10 @@ def gradients(
 
 @pytest.mark.parametrize(
     ("gate", "delta", "dtype"),
-    [(*form, torch.float32) for form in FORMS] + [(*form, torch.float16) for form in (FORMS if CUDA else [("token", False)])],
+    [
+        # in the interpreter the other forms with gates take seconds each
+        (*form, torch.float32) if CUDA or form in QUICK else pytest.param(*form, torch.float32, marks=pytest.mark.slow) for form in FORMS
+    ] + [(*form, torch.float16) for form in (FORMS if CUDA else [("token", False)])],
 )
 def test_gradients(gate: str, delta: bool, dtype: torch.dtype, short: None) -> None:
     n, heads = (70, (2, 1, 1)) if CUDA else (40, (1, 1, 1) if gate in ("none", "head") else (2, 1, 1))

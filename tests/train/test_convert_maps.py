@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from saccade.train.swap import swap, taught_parameters
 CONTEXT, STEPS = 128, 14
 
 
+@pytest.mark.slow
 def test_hedgehog_maps_transfer_better_than_fixed_ones(tmp_path: Path):
     torch.set_num_threads(1)
     model, tokenizer = saccade.pocket(dtype=torch.float32)
