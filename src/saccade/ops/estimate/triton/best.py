@@ -147,12 +147,14 @@ def launch(scores: Tensor, count: int, sizes: Sizes | None = None) -> Tensor:
         block = next_power_of_two(n)
         _short[(rows,)](scores, ids, n, count, BLOCK=block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
         return ids
-    share = count / n
-    spread = 4 * math.sqrt(sizes.sample * share * (1 - share)) + 4
+    # every so many-th entry, which fills the sample only where that divides n
+    stride = ceil_div(n, sizes.sample)
+    taken, share = ceil_div(n, stride), count / n
+    spread = 4 * math.sqrt(taken * share * (1 - share)) + 4
     between = empty(scores, rows, sizes.kept, dtype=torch.int32)
-    upper, lower = math.floor(share * sizes.sample - spread), math.ceil(share * sizes.sample + spread)
+    upper, lower = math.floor(share * taken - spread), math.ceil(share * taken + spread)
     _long[(rows,)](
-        scores, ids, between, n, count, ceil_div(n, sizes.sample), upper, lower, SAMPLE=sizes.sample, BLOCK=sizes.block,
+        scores, ids, between, n, count, stride, upper, lower, SAMPLE=sizes.sample, BLOCK=sizes.block,
         KEPT=sizes.kept, num_warps=16,
     )  # fmt: skip
     return ids
