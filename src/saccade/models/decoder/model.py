@@ -16,6 +16,7 @@ from saccade.cache.state_layer import RECORDED, StateLayer
 from saccade.core import MixerState
 from saccade.methods.stack import Stack
 from saccade.models.decoder.config import SaccadeConfig
+from saccade.models.weights import draw
 
 
 class SaccadePreTrainedModel(PreTrainedModel):
@@ -26,18 +27,7 @@ class SaccadePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # mixers set up what is special to them when they are made; these are the maps and tables all models share
-        std = self.config.initializer_range
-        if getattr(module, "keeps_init", False):
-            return
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, SaccadeModel) and module.meta is not None:
-            nn.init.normal_(module.meta, std=std)
+        draw(module, self.config.initializer_range, [module.meta] if isinstance(module, SaccadeModel) else ())
 
 
 class SaccadeModel(SaccadePreTrainedModel):

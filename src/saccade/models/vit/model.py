@@ -13,6 +13,7 @@ from saccade.autoclasses import register
 from saccade.methods.stack import Stack
 from saccade.models.vit.config import SaccadeViTConfig
 from saccade.models.vit.mixers import image_mixer
+from saccade.models.weights import draw
 
 
 class SaccadeViTPreTrainedModel(PreTrainedModel):
@@ -24,18 +25,7 @@ class SaccadeViTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # mixers set up what is special to them when they are made; these are the maps and vectors all models share
-        std = self.config.initializer_range
-        if getattr(module, "keeps_init", False):
-            return
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, SaccadeViTModel):
-            for vector in (module.places, module.token):
-                if vector is not None:
-                    nn.init.normal_(vector, std=std)
+        draw(module, self.config.initializer_range, (module.places, module.token) if isinstance(module, SaccadeViTModel) else ())
 
 
 class SaccadeViTModel(SaccadeViTPreTrainedModel):
