@@ -80,7 +80,7 @@ def test_states_are_those_after_n_tokens():
     assert [int(state.position) for state in after] == [501] * 4
 
 
-@pytest.mark.parametrize(("text", "message"), [("deltanet*x", "no layer"), ("deltanet*3", "does not divide 4"), ("deltanett", "deltanet")])
+@pytest.mark.parametrize(("text", "message"), [("deltanet*3", "do not repeat evenly"), ("deltanett", "deltanet")])
 def test_lists_of_layers_that_fit_nowhere(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         mixer_cases.specs_of(text, 4)

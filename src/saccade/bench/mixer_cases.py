@@ -26,6 +26,7 @@ from saccade.bench.prefill_inputs import Shape as PromptShape
 from saccade.bench.step_cases import AHEAD_MS
 from saccade.cache.kv_store import KVStore
 from saccade.core import MixerState
+from saccade.evaluate.study import parse_contestant
 from saccade.methods import build_mixer
 from saccade.methods.stack import Stack
 from saccade.ops import last_run
@@ -48,18 +49,8 @@ class Shape:
 
 
 def specs_of(text: str, layers: int) -> list[str]:
-    """ "a*3,b" repeated up to so many layers. ValueError where it does not fit."""
-    from saccade.core.spec import split_top_level
-
-    listed: list[str] = []
-    for part in split_top_level(text, ","):
-        name, _, times = part.strip().partition("*")
-        if times and not times.strip().isdecimal():
-            raise ValueError(f"{part.strip()!r} is no layer: give a mixer, or a mixer * a number, such as kimi-linear*3")
-        listed += [build_mixer(name.strip()).spec] * (int(times) if times else 1)
-    if layers % len(listed):
-        raise ValueError(f"{text!r} lists {len(listed)} layers, which does not divide {layers}: give --layers to fit")
-    return listed * (layers // len(listed))
+    """ "a*3,b" repeated up to so many layers, as checked specs. ValueError where it does not fit, or names no mixer."""
+    return [build_mixer(spec).spec for spec in parse_contestant(text, layers)]
 
 
 def _stack(text: str, shape: Shape, s: Settings) -> Stack:

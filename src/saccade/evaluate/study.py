@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ from saccade.core.spec import split_top_level
 from saccade.train.loop import train
 from saccade.train.metrics import FILE, read_rows
 from saccade.train.models import build_model
-from saccade.train.recipe import Recipe
+from saccade.train.recipe import Evaluation, Precision, Recipe, Rule, Schedule
 from saccade.train.sets.base import derive_seed
 
 RESULT = "result.json"  # of a finished job
@@ -36,7 +36,11 @@ STUDY = "study.json"
 SOLVED = 0.95  # an accuracy from which on a task counts as solved
 _TIMES = re.compile(r"(.+?)\s*\*\s*(\d+)", re.DOTALL)
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+DeviceName = Literal["cpu", "cuda"]
 Row = dict[str, Any]
 Progress = Callable[[str, Row], None]
 
@@ -64,6 +68,36 @@ class Outcome:
 Finished = Callable[[str, Outcome], None]
 
 
+class Training(Protocol):
+    """What the trainings of all studies are told: rate, warmup (steps), sequences a step, evaluations, seed and precision."""
+
+    @property
+    def rate(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
+def alike(
+    model: dict[str, Any], data: dict[str, Any], told: Training, *, steps: int, batches: int, exam: dict[str, Any],
+    device: DeviceName | None,
+) -> Recipe:  # fmt: skip
+    """The training that every contestant of a study gets. batches, exam: of an evaluation, and how its data differs from `data`."""
+    every = max(1, steps // told.evaluations)
+    return Recipe(
+        model=model, data=data, optimizer=Rule(name="muon", rate=told.rate, weight_decay=0.01),
+        schedule=Schedule(name="cosine", warmup=told.warmup, final=0.05), evaluate=Evaluation(every=every, batches=batches, data=exam),
+        steps=steps, batch=told.batch, precision=told.precision, checkpoint=every, log=max(1, steps // 100), seed=told.seed, device=device,
+    )  # fmt: skip
+
+
 def parse_contestant(text: str, depth: int) -> list[str]:
     """The layers that a contestant names: specs with commas between, `spec*3` for three alike, the whole repeated up to `depth`.
 
@@ -87,7 +121,7 @@ def folder_name(name: str) -> str:
 
 def shrunk(settings: T, **changes: Any) -> T:
     """A dataclass of settings with some of them changed; None leaves one as it is."""
-    return replace(settings, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
 def solved_at(curve: Sequence[Sequence[float]]) -> int | None:

@@ -22,10 +22,12 @@ from typing import Any
 
 from saccade.core import MixerShape
 from saccade.evaluate.study import (
+    DeviceName,
     Finished,
     Job,
     Outcome,
     Progress,
+    alike,
     count_parameters,
     open_study,
     run_jobs,
@@ -34,7 +36,7 @@ from saccade.evaluate.study import (
 from saccade.evaluate.text import SHIPPED
 from saccade.methods.hybrid.hybrid_linear_analysis import KINDS, grid
 from saccade.train.curve import Chart, Table, write_page
-from saccade.train.recipe import Evaluation, Precision, Recipe, Rule, Schedule
+from saccade.train.recipe import Precision, Recipe
 from saccade.train.sets import ByteText, build_set
 
 SCHEMA = "saccade.study-hybrid/1"
@@ -125,7 +127,7 @@ def describe(one: Contestant, settings: HybridSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recipes_for(one: Contestant, settings: HybridSettings, device: str | None = None) -> dict[str, Recipe]:
+def recipes_for(one: Contestant, settings: HybridSettings, device: DeviceName | None = None) -> dict[str, Recipe]:
     """The two trainings of a contestant, by RECALL and TEXT."""
     text = {
         "set": "bytes", "folder": settings.folder or str(SHIPPED.parent), "length": settings.length, "endings": list(settings.endings),
@@ -138,34 +140,15 @@ def recipes_for(one: Contestant, settings: HybridSettings, device: str | None = 
         "set": "mqar", "length": settings.length, "pairs": settings.pairs, "vocab": settings.vocab,
         "fewest": min(settings.fewest, settings.pairs),
     }  # fmt: skip
+    model, exam = describe(one, settings), {"fewest": settings.pairs}
     return {
-        RECALL: _recipe(one, settings, recall, settings.steps, device, settings.samples, {"fewest": settings.pairs}),
-        TEXT: _recipe(one, settings, text, settings.text_steps, device, held, {}),
+        RECALL: alike(model, recall, settings, steps=settings.steps, batches=settings.samples, exam=exam, device=device),
+        TEXT: alike(model, text, settings, steps=settings.text_steps, batches=held, exam={}, device=device),
     }
 
 
-def _recipe(
-    one: Contestant, settings: HybridSettings, data: dict[str, Any], steps: int, device: str | None, batches: int, exam: dict[str, Any]
-) -> Recipe:
-    every = max(1, steps // settings.evaluations)
-    return Recipe(
-        model=describe(one, settings),
-        data=data,
-        optimizer=Rule(name="muon", rate=settings.rate, weight_decay=0.01),
-        schedule=Schedule(name="cosine", warmup=settings.warmup, final=0.05),
-        evaluate=Evaluation(every=every, batches=batches, data=exam),
-        steps=steps,
-        batch=settings.batch,
-        precision=settings.precision,
-        checkpoint=every,
-        log=max(1, steps // 50),
-        seed=settings.seed,
-        device=device,  # type: ignore[arg-type]
-    )
-
-
 def run_hybrid_study(
-    chosen: Sequence[Contestant], settings: HybridSettings, out: str | Path, device: str | None = None, command: str = "",
+    chosen: Sequence[Contestant], settings: HybridSettings, out: str | Path, device: DeviceName | None = None, command: str = "",
     progress: Progress | None = None, *, workers: int = 1, seconds: float | None = None, finished: Finished | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the contestants on both tasks, or go on where a study in `out` stopped; the result of schema SCHEMA, also `out/study.json`.

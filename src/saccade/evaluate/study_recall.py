@@ -13,10 +13,12 @@ from typing import Any
 
 from saccade.evaluate.study import (
     SOLVED,
+    DeviceName,
     Finished,
     Job,
     Outcome,
     Progress,
+    alike,
     count_parameters,
     folder_name,
     open_study,
@@ -25,7 +27,7 @@ from saccade.evaluate.study import (
     solved_at,
 )  # fmt: skip
 from saccade.train.curve import Chart, Table, write_page
-from saccade.train.recipe import Evaluation, Precision, Recipe, Rule, Schedule
+from saccade.train.recipe import Precision, Recipe
 from saccade.train.sets import build_set
 
 SCHEMA = "saccade.study-recall/1"
@@ -69,29 +71,18 @@ def describe(text: str, settings: RecallSettings) -> dict[str, Any]:
     return {"architecture": "llama", **shape} if text == LLAMA else {"layers": layers, **shape}
 
 
-def recipe_for(text: str, settings: RecallSettings, device: str | None = None) -> Recipe:
+def recipe_for(text: str, settings: RecallSettings, device: DeviceName | None = None) -> Recipe:
     """The training of one contestant."""
-    every = max(1, settings.steps // settings.evaluations)
     fewest = min(settings.fewest, settings.pairs)
     data = {"set": "mqar", "length": settings.length, "pairs": settings.pairs, "vocab": settings.vocab, "fewest": fewest}
-    return Recipe(
-        model=describe(text, settings),
-        data=data,
-        optimizer=Rule(name="muon", rate=settings.rate, weight_decay=0.01),
-        schedule=Schedule(name="cosine", warmup=settings.warmup, final=0.05),
-        evaluate=Evaluation(every=every, batches=settings.samples, data={"fewest": settings.pairs}),
-        steps=settings.steps,
-        batch=settings.batch,
-        precision=settings.precision,
-        checkpoint=every,
-        log=max(1, settings.steps // 100),
-        seed=settings.seed,
-        device=device,  # type: ignore[arg-type]
-    )
+    return alike(
+        describe(text, settings), data, settings, steps=settings.steps, batches=settings.samples, exam={"fewest": settings.pairs},
+        device=device,
+    )  # fmt: skip
 
 
 def run_study(
-    contestants: Sequence[str], settings: RecallSettings, out: str | Path, device: str | None = None, command: str = "",
+    contestants: Sequence[str], settings: RecallSettings, out: str | Path, device: DeviceName | None = None, command: str = "",
     progress: Progress | None = None, *, workers: int = 1, seconds: float | None = None, finished: Finished | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train all contestants, or go on where a study in `out` stopped; the result of schema SCHEMA, also written as `out/study.json`.
