@@ -56,6 +56,18 @@ def rows_of(*cases: Case, settings: Settings = SMALL, **options: Any) -> list[di
     return run_cases("attend", "quick", list(cases), settings, **options)["rows"]
 
 
+def test_what_cases_share_is_timed_once() -> None:
+    broken = contestant("SDPA", role="dense", shared="x", error=ValueError("no"))
+    once = contestant("SDPA", role="dense", shared="x")
+    never = contestant("SDPA", role="dense", shared="x", error=RuntimeError("timed again"))
+    other = contestant("SDPA", role="dense", shared="y")
+    rows = rows_of(*(case(contestant("saccade"), c, n=n) for n, c in enumerate((broken, once, never, other))))
+    dense = [row for row in rows if row["role"] == "dense"]
+    assert [row["status"] for row in dense] == ["failed", "ok", "ok", "ok"]
+    assert dense[1]["ms"] == dense[2]["ms"] and dense[2]["case"] == {"n": 2} and "once" in dense[2]["note"] and not dense[3]["note"]
+    assert all(row["ratio"] for row in rows if row["role"] == "ours" and row["case"]["n"])
+
+
 def test_a_row_says_everything() -> None:
     three = contestant("saccade", select=lambda: None), contestant("SDPA", role="dense"), contestant("fla", role="peer")
     found = rows_of(case(*three, density=0.25))

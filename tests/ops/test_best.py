@@ -65,7 +65,7 @@ def test_a_long_row(kind: str) -> None:
     from saccade.ops.estimate.triton.best import Sizes, launch
 
     x = rows(kind, 1, 500)
-    assert torch.equal(launch(x, 70, Sizes(short=128, sample=64, block=256, kept=256)), sorted_ids(x, 70))
+    assert torch.equal(launch(x, 70, Sizes(short=128, sample=64, block=256, listed=256)), sorted_ids(x, 70))
 
 
 @long_when_interpreted
@@ -76,7 +76,7 @@ def test_long_rows(kind: str, n: int, count: int) -> None:
     """Among them rows whose sample misleads: one value, and a period that every sample hits."""
     from saccade.ops.estimate.triton.best import Sizes, launch
 
-    small = Sizes(short=128, sample=64, block=256, kept=512)
+    small = Sizes(short=128, sample=64, block=256, listed=512)
     x = rows(kind, 2, n)
     assert torch.equal(launch(x, count, small), sorted_ids(x, count))
 

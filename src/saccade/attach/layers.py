@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.attach.calls import attention_calls
 from saccade.attach.layercall import LayerCall, between_calls, hidden_of, row_of_call, rows_of, scatter
 from saccade.attach.reading import by_row, read_segment, read_tail, reading_encoded, tail_weights
-from saccade.attach.stats import LayerStats, computed_pairs
+from saccade.attach.stats import LayerStats
 from saccade.cache import CallFacts, KVLayer, PackedSegment, Segment, Slots
 from saccade.cache.mixed import MixedEntries, ragged_rows
 from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Phase, Plan, Prefill, Rotary, Selection, merge
@@ -349,7 +349,7 @@ class LayerRunner:
             out = attention(q, k, v, selection, **options)
             # a pass over some of the heads counts in proportion: pairs are means over heads
             share = q.shape[0] * q.shape[1] / whole
-            pairs.add(share * computed_pairs(q.shape[2], k.shape[2], selection, options), 0)
+            pairs.add_call(share, q.shape[2], k.shape[2], selection, options)
             return out
 
         def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
@@ -366,7 +366,8 @@ class LayerRunner:
 
     def _count(self, pairs: Any, selection: Selection | None, n_q: int, n_k: int, seen: int, sealed: int = 0) -> None:
         """Add computed pairs, and the pairs dense attention over all `seen` tokens would have had."""
-        pairs.add(computed_pairs(n_q, n_k, selection, {}) + n_q * sealed, _visible(n_q, seen))
+        pairs.add_call(1.0, n_q, n_k, selection, {})
+        pairs.add(n_q * sealed, _visible(n_q, seen))
 
     def _snapshot(self, layer: KVLayer) -> None:
         self.stats.kept = layer.lengths()

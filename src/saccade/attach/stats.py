@@ -11,17 +11,43 @@ from torch import Tensor
 
 from saccade.core import Selection
 
+WAITING = 256  # single queries whose lists are counted together
+
 
 @dataclass
 class PairCount:
-    """Score pairs computed and pairs dense attention would have computed, per head on average."""
+    """Score pairs computed and pairs dense attention would have computed, per head on average.
 
-    computed: float = 0.0
+    A step on a GPU is not held up for its count: what a single query read is looked up when somebody asks, or after many steps.
+    """
+
+    known: float = 0.0
     visible: float = 0.0
+    waiting: list[tuple[float, Selection]] = field(default_factory=list, repr=False)
 
     def add(self, computed: float, visible: float) -> None:
-        self.computed += computed
+        self.known += computed
         self.visible += visible
+
+    def add_call(self, share: float, n_q: int, n_k: int, selection: Selection | None, options: Mapping[str, Any]) -> None:
+        """Count one attention call (see `computed_pairs`), of this share of the batch and heads."""
+        if selection is None or n_q != 1 or selection.n_q != 1 or selection.device.type != "cuda" or _positions(options):
+            return self.add(share * computed_pairs(n_q, n_k, selection, options), 0.0)
+        self.waiting.append((share, selection))
+        if len(self.waiting) >= WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        if self.waiting:
+            means = torch.stack([_listed(selection) for _, selection in self.waiting]).tolist()
+            for (share, selection), listed in zip(self.waiting, means, strict=True):
+                self.known += share * min(listed, float(selection.n_k))
+            self.waiting.clear()
+
+    @property
+    def computed(self) -> float:
+        self.settle()
+        return self.known
 
     @property
     def density(self) -> float | None:
@@ -93,14 +119,22 @@ def selected_pairs(selection: Selection) -> float:
     """Pairs a selection computes, the mean over batch and heads; a single query reads what is listed, counted without arithmetic."""
     if selection.n_q != 1:
         return float(selection.pairs().double().mean())
-    listed = float(selection.start_counts.double().mean()) * selection.block_k + float(selection.token_counts.double().mean())
-    return min(listed, float(selection.n_k))
+    return min(float(_listed(selection)), float(selection.n_k))
+
+
+def _listed(selection: Selection) -> Tensor:
+    """Keys in the lists of a single query, the mean over batch and heads: float64, on the selection's device."""
+    return selection.start_counts.double().mean() * selection.block_k + selection.token_counts.double().mean()
+
+
+def _positions(options: Mapping[str, Any]) -> bool:
+    return options.get("q_positions") is not None or options.get("k_positions") is not None
 
 
 def computed_pairs(n_q: int, n_k: int, selection: Selection | None, options: Mapping[str, Any]) -> float:
     """Score pairs of one attention call with the options of `saccade.ops.attend`, the mean over its batch and heads."""
     q_positions, k_positions, causal = options.get("q_positions"), options.get("k_positions"), options.get("causal", True)
-    if (q_positions is None and k_positions is None) or not causal:
+    if not _positions(options) or not causal:
         if selection is not None:
             # with positions the option says what is causal, without them the selection does
             return selected_pairs(selection if q_positions is None and k_positions is None else replace(selection, causal=False))

@@ -77,7 +77,8 @@ class Contestant:
     """make: prepares what is not timed and gives the Run; raises Skip where it can't. role: "ours", "dense" (what ratios are taken
     against) or "peer" (the same work, done by others). checked: whether its outputs are those of the case's check.
     select: choosing what to read, timed apart. ahead_ms: on a GPU, how long it is kept busy before the clock starts, so that all launches
-    are queued and its work alone is timed; 0 for the time a user waits."""
+    are queued and its work alone is timed; 0 for the time a user waits. shared: what it works on, where that is the same in several cases
+    of a run: it is timed in the first of them."""
 
     name: str
     role: Role
@@ -86,6 +87,7 @@ class Contestant:
     checked: bool = True
     select: Callable[[], object] | None = None
     ahead_ms: float = 0.0
+    shared: str | None = None
 
 
 class Check(Protocol):

@@ -124,7 +124,7 @@ def _layer(spec: str, shape: Shape, kind: str, s: Settings) -> Field:
         name="saccade, whole layer", role="ours", work=less, checked=False,
         make=lambda: Run(call=whole, impl=(lambda: last_run().impl) if tape.calls else "its own", note=note),
     ))  # fmt: skip
-    contestants += peers.dense(peers.Inputs(q, k, v), dense, checked=False)
+    contestants += [replace(c, shared=f"{kind} {shape}") for c in peers.dense(peers.Inputs(q, k, v), dense, checked=False)]
     return Field(contestants=contestants, check=AttentionCheck.of(q, k, v, selection=tape.single), density=density)
 
 

@@ -17,6 +17,7 @@ from saccade.bench.growth import growth
 from saccade.bench.timing import Times, once, take_turns, wait
 
 Save = Callable[[dict[str, Any]], None]
+Rows = dict[tuple[str, str], dict[str, Any]]  # of contestants that several cases share, by what they work on and their name
 
 
 class DeviceLost(Exception):
@@ -46,7 +47,7 @@ def run_cases(
     document["libraries"] = peers.installed()
     document["ceilings"] = ceilings.measure(settings)
     _release(settings)
-    lost = ""
+    lost, known = "", Rows()
     for index, case in enumerate(cases):
         if progress is not None:
             progress(index, len(cases), case.label)
@@ -56,7 +57,7 @@ def run_cases(
             rows = [_whole_case(op, case, "skipped", f"the {settings.limit_s:.0f} s of this grid are over")]
         else:
             try:
-                rows = _run_case(op, case, settings, deadline)
+                rows = _run_case(op, case, settings, deadline, known)
             except DeviceLost as error:
                 lost = case.label
                 rows = [_whole_case(op, case, "failed", str(error))]
@@ -71,24 +72,25 @@ def run_cases(
     return document
 
 
-def _run_case(op: str, case: Case, s: Settings, deadline: float) -> list[dict[str, Any]]:
+def _run_case(op: str, case: Case, s: Settings, deadline: float, known: Rows) -> list[dict[str, Any]]:
     free = free_bytes(s)
     if free is not None and case.need > free:
         return [_whole_case(op, case, "skipped", f"it needs about {case.need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")]
     try:
-        return _contest(op, case, s, deadline)
+        return _contest(op, case, s, deadline, known)
     finally:
         _release(s)  # the tensors are gone by now
 
 
-def _contest(op: str, case: Case, s: Settings, deadline: float) -> list[dict[str, Any]]:
+def _contest(op: str, case: Case, s: Settings, deadline: float, known: Rows) -> list[dict[str, Any]]:
     with torch.set_grad_enabled(case.grad):
         try:
             place = case.build(s)
         except Exception as error:
             status, why = _reason(error, s)
             return [_whole_case(op, case, status, why)]
-        entries = [_first(contestant, place.check, s, deadline) for contestant in place.contestants]
+        again = [known[key] for c in place.contestants if (key := (c.shared or "", c.name)) in known]
+        entries = [_first(c, place.check, s, deadline) for c in place.contestants if (c.shared or "", c.name) not in known]
         alive = {e.contestant.name: e for e in entries if e.run is not None and e.status == "ok"}
         calls: dict[str, Callable[[], object]] = {name: e.run.call for name, e in alive.items() if e.run is not None}
         estimates = {name: e.once_ms for name, e in alive.items()}
@@ -109,6 +111,10 @@ def _contest(op: str, case: Case, s: Settings, deadline: float) -> list[dict[str
         entry.status, why = _reason(error, s)
         entry.notes.append(why)
     rows = [_row(op, case, place, entry, times) for entry in entries]
+    for entry, row in zip(entries, rows, strict=True):
+        if entry.contestant.shared is not None and row["status"] == "ok":
+            known[entry.contestant.shared, entry.contestant.name] = row
+    rows += [{**row, "family": case.family, "case": dict(case.shape), "note": "timed once in this run"} for row in again]
     _ratios(rows)
     return rows
 

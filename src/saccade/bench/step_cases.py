@@ -15,6 +15,7 @@ of their keys and values (each has its own index and its own queries): one layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -147,21 +148,25 @@ def _attention(spec: str, shape: Shape, s: Settings) -> Field:
     amount = Work(flops=4.0 * shape.dim * shape.batch * shape.heads * shape.n * shape.layers, bytes=whole, unit="byte")
     note = f"holds {stored / whole:.1%} of the dense cache's bytes, and {beside / whole:.1%} beside them"
 
-    def contestants(name: str, call: Callable[[], object], role: Any, impl: Callable[[], str] | str, note: str) -> list[Contestant]:
+    def contestants(name: str, call: Callable[[], object], impl: Callable[[], str] | str, shared: str | None) -> list[Contestant]:
         return [
             Contestant(
-                name=f"{name}, {what}", role=role, work=amount, checked=False, ahead_ms=ahead,
-                make=lambda: Run(call=call, impl=impl, note=note),
+                name=f"{name}, {what}", role="dense" if shared else "ours", work=amount, checked=False, ahead_ms=ahead, shared=shared,
+                make=lambda: Run(call=call, impl=impl, note="" if shared else note),
             )
             for what, ahead in ((("GPU work", AHEAD_MS), ("step", 0.0)) if s.cuda else (("step", 0.0),))
         ]  # fmt: skip
 
-    found = contestants("saccade", ours.step, "ours", lambda: last_run().impl, note)
-    # what dense attention reads: one layer's cache after the other, from storage of its own where the method does not keep it all
-    dense = Layers(None, shape, s) if isinstance(method, CachePolicy) else ours
-    found += contestants("saccade dense", lambda: _dense(dense), "dense", lambda: last_run().impl, "")
-    for name, call in _torch(dense):
-        found += contestants(name, call, "dense", "sdpa", "")
+    @functools.cache
+    def dense() -> Layers:
+        """What dense attention reads: one layer's cache after the other, of its own where the method does not keep it all."""
+        return Layers(None, shape, s) if isinstance(method, CachePolicy) else ours
+
+    found = contestants("saccade", ours.step, lambda: last_run().impl, None)
+    whose = f"{'own' if isinstance(method, CachePolicy) else 'shared'} {shape}"
+    found += contestants("saccade dense", lambda: _dense(dense()), lambda: last_run().impl, whose)
+    for name, call in _torch(dense, s):
+        found += contestants(name, call, "sdpa", whose)
     return Field(contestants=found, density=density)
 
 
@@ -171,7 +176,7 @@ def _dense(layers: Layers) -> None:
         decode(q, cache.tail.keys, cache.tail.values)
 
 
-def _torch(layers: Layers) -> list[tuple[str, Callable[[], object]]]:
+def _torch(layers: Callable[[], Layers], s: Settings) -> list[tuple[str, Callable[[], object]]]:
     """torch's kernels over the same caches: the queries of a group become rows over their key/value head, so that nothing is repeated."""
 
     def inputs(q: Tensor, cache: KVLayer) -> peers.Inputs:
@@ -180,16 +185,19 @@ def _torch(layers: Layers) -> list[tuple[str, Callable[[], object]]]:
         return peers.Inputs(HeadLayout.of(q, k, v).to_groups(q.squeeze(2)), k, v, causal=False)
 
     kernels = {"FlashAttention-2": [SDPBackend.FLASH_ATTENTION], "cuDNN": [SDPBackend.CUDNN_ATTENTION], "SDPA": None}
-    given = [inputs(q, cache) for q, cache in zip(layers.queries, layers.caches, strict=True)]
+
+    @functools.cache
+    def given() -> list[peers.Inputs]:
+        return [inputs(q, cache) for q, cache in zip(layers().queries, layers().caches, strict=True)]
 
     def all_layers(backends: list[SDPBackend] | None) -> None:
         with ExitStack() as stack:
             if backends is not None:
                 stack.enter_context(sdpa_kernel(backends))
-            for x in given:
+            for x in given():
                 torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v)
 
-    return [(name, partial(all_layers, backends)) for name, backends in kernels.items() if layers.queries[0].is_cuda or backends is None]
+    return [(name, partial(all_layers, backends)) for name, backends in kernels.items() if s.cuda or backends is None]
 
 
 def _whole(spec: str, shape: Shape, s: Settings) -> Field:

@@ -12,7 +12,7 @@ import torch
 
 # bytes written before each run on a GPU: more than its L2 cache holds, and enough that the host is ready when the GPU is
 FLUSH = 1 << 29
-FLUSH_MS = 0.1  # at least what that takes
+CYCLES = 2_000_000  # of a GPU in a millisecond, at most
 LEAST, MOST = 3, 100  # repeats
 
 
@@ -48,8 +48,8 @@ def take_turns(
     """Times of each contestant in rounds, and what those that raised said.
 
     Every one has run before, taking about `once_ms`; each gets so many repeats, LEAST to MOST, as fit `budget_ms`. A GPU is timed
-    with events, and its L2 cache is overwritten before each run, for about `ahead_ms` where a contestant gives it: the host has
-    queued the run's launches by then, and what is timed is the GPU's work alone. A CPU is timed with perf_counter.
+    with events, and its L2 cache is overwritten before each run. Where a contestant gives `ahead_ms` it is kept busy for so long: the
+    host has queued the run's launches by then, and what is timed is the GPU's work alone. A CPU is timed with perf_counter.
     """
     counts = {name: min(MOST, max(LEAST, int(budget_ms / max(once_ms[name], 1e-6)))) for name in runs}
     cuda = device.startswith("cuda")
@@ -61,8 +61,7 @@ def take_turns(
             if turn >= counts[name] or name in failed:
                 continue
             try:
-                turns = 1 + int(ahead_ms.get(name, 0.0) / FLUSH_MS)
-                taken[name].append(_on_gpu(run, flush, turns) if flush is not None else _on_cpu(run))
+                taken[name].append(_on_gpu(run, flush, ahead_ms.get(name, 0.0)) if flush is not None else _on_cpu(run))
             except Exception as error:  # the others go on
                 failed[name] = error
     if cuda:
@@ -70,10 +69,12 @@ def take_turns(
     return {name: Times.of([read() for read in reads]) for name, reads in taken.items() if name not in failed}, failed
 
 
-def _on_gpu(run: Callable[[], object], flush: torch.Tensor, flushes: int) -> Callable[[], float]:
+def _on_gpu(run: Callable[[], object], flush: torch.Tensor, ahead_ms: float) -> Callable[[], float]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(flushes):
-        flush.zero_()
+    if ahead_ms:
+        # one launch, as the queue of launches is short
+        torch.cuda._sleep(int(ahead_ms * CYCLES))
+    flush.zero_()
     begin.record()
     run()
     end.record()

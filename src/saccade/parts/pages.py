@@ -45,10 +45,11 @@ class PageBounds:
         begun = min(-self.n % self.page_size, keys.shape[2])
         self.n += keys.shape[2]
         if begun:
-            first, dim = keys[:, :, :begun], keys.shape[-1]
-            page = self._content()[:, :, -1]
-            page[..., :dim] = torch.maximum(page[..., :dim], first.amax(2))
-            page[..., dim:] = torch.minimum(page[..., dim:], first.amin(2))
+            highest, lowest = self._content()[:, :, -1].unflatten(-1, (2, -1)).unbind(-2)
+            first = keys[:, :, :begun]
+            top, bottom = (first[:, :, 0], first[:, :, 0]) if begun == 1 else (first.amax(2), first.amin(2))
+            torch.maximum(highest, top, out=highest)
+            torch.minimum(lowest, bottom, out=lowest)
             keys = keys[:, :, begun:]
         if not keys.shape[2]:
             return
