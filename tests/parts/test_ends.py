@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade.parts.ends import force_ends, read_with_tail
 from saccade.parts.pick import pick_best
@@ -21,6 +24,22 @@ def test_ends_come_first_sinks_before_newest(count: int, want: list[int]) -> Non
 def test_nothing_is_forced_unasked() -> None:
     scores = torch.randn(1, 2, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(force_ends(scores.clone(), 3, sinks=0, recent=0), scores)
+
+
+def test_scores_are_changed_where_they_lie_and_nothing_is_asked_of_them() -> None:
+    """Views and fills alone: no copy of a row, and no value that a host would wait for."""
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    ran: set[object] = set()
+    scores = torch.zeros(2, 3, 20)
+    with Recorded():
+        assert force_ends(scores, 10, sinks=2, recent=3) is scores
+    assert ran <= {torch.ops.aten.slice, torch.ops.aten.alias, torch.ops.aten.fill_}
+    assert bool((scores.isinf().nonzero()[:, 2].view(6, 5) == torch.tensor([0, 1, 17, 18, 19])).all())
 
 
 @pytest.mark.parametrize("begin", [0, 4, 6, 9])

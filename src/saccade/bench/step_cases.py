@@ -44,8 +44,9 @@ LAST = 64  # tokens of the prompt that are run, for policies that look at querie
 CALIBRATION = (2, 512)  # random tokens for methods with a plan
 LAYERS, FEW = 32, 8
 METHODS = (
-    "quest", "double-sparsity", "loki", "loki(budget=0.0625, dims=0.125)", "tidaldecode", "less-is-more", "streaming-llm",
-    "snapkv(budget=0.25)", "zipcache(salient_bits=4, other_bits=4)",
+    "quest", "quest(reduce='group_max')", "double-sparsity", "double-sparsity(reduce='group_max')", "loki",
+    "loki(budget=0.0625, dims=0.125, reduce='group_max')", "tidaldecode", "tidaldecode(reduce='group_max')", "less-is-more",
+    "streaming-llm", "snapkv(budget=0.25)", "zipcache(salient_bits=4, other_bits=4)",
 )  # fmt: skip
 
 

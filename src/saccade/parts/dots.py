@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.ops.estimate import row_products
+from saccade.ops.estimate import Reduce, row_products
 from saccade.ops.scratch import as_exact
 
 CHUNK = 4 << 20  # bytes of stored rows turned to float32 at a time
 
 
-def dots(q: Tensor, rows: Tensor) -> Tensor:
-    """q `(B, Hq, E)` times rows `(B, Hk, n, E)`, Hk dividing Hq: `(B, Hq, n)` in float32 (float64 for float64); see `row_products`."""
-    return row_products(q, rows)
+def dots(q: Tensor, rows: Tensor, reduce: Reduce = "none") -> Tensor:
+    """q `(B, Hq, E)` times rows `(B, Hk, n, E)`, Hk dividing Hq: `(B, Hq, n)` in float32 (float64 for float64); see `row_products`.
+
+    reduce: "group_max" or "group_sum" over the query heads of a group, as in `heads.reduce_heads`: `(B, Hk, n)`.
+    """
+    return row_products(q, rows, reduce=reduce)
 
 
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ def force_ends(scores: Tensor, count: int, *, sinks: int, recent: int) -> Tensor
     count = min(count, n)
     sinks = min(sinks, count)
     recent = min(recent, count - sinks)
-    scores[..., :sinks] = torch.inf
-    scores[..., n - recent :] = torch.inf
+    scores[..., :sinks].fill_(torch.inf)
+    scores[..., n - recent :].fill_(torch.inf)
     return scores
 
 

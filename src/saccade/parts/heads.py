@@ -27,7 +27,7 @@ from saccade.parts.pick import pick_best
 
 
 def interleave_ranks(scores: Tensor, best: int) -> Tensor:
-    """Scores `(B, H, U)` to `(B, 1, U)` float64: minus the turn at which a unit is first named, -inf for units that no head names.
+    """Scores `(B, H, U)` to `(B, 1, U)` float32 (float64 where there are too many turns for it): minus the turn at which a unit is first named, -inf for units that no head names.
 
     Every head names its best unit, then every head its second best, and so on for `best` units a head, heads in their order. The c highest
     results are therefore the first c different units of that reading, and no two of them are equal.
@@ -38,8 +38,9 @@ def interleave_ranks(scores: Tensor, best: int) -> Tensor:
     order = torch.sort(torch.gather(scores, -1, ids), dim=-1, descending=True, stable=True).indices
     named = torch.gather(ids, -1, order).flatten(1)
     turns = torch.arange(best, device=ids.device) * heads + torch.arange(heads, device=ids.device).unsqueeze(-1)
-    first = torch.full((scores.shape[0], units), torch.inf, dtype=torch.float64, device=ids.device)
-    first.scatter_reduce_(1, named, turns.flatten().to(torch.float64).expand_as(named), "amin")
+    exact = torch.float32 if turns.numel() <= 2**24 else torch.float64
+    first = torch.full((scores.shape[0], units), torch.inf, dtype=exact, device=ids.device)
+    first.scatter_reduce_(1, named, turns.flatten().to(exact).expand_as(named), "amin")
     return -first.unsqueeze(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.estimate import Reduce
 from saccade.parts.dots import dots
 from saccade.parts.growing import Growing
 
@@ -63,13 +64,13 @@ class PageBounds:
         else:
             self._bounds.append(new)
 
-    def upper_bound(self, q: Tensor) -> Tensor:
-        """An upper bound of q.k over the keys of each page: `(B, Hq, pages)` float32 (float64), for q `(B, Hq, D)`.
+    def upper_bound(self, q: Tensor, reduce: Reduce = "none") -> Tensor:
+        """An upper bound of q.k over the keys of each page: `(B, Hq, pages)` float32 (float64), for q `(B, Hq, D)`; see `dots`.
 
         `sum_d max(q_d m_d, q_d M_d)`: a positive q_d takes the channel's maximum M_d, a negative one its minimum
         m_d, so it is one product of [max(q, 0), min(q, 0)] with [M, m].
         """
-        return dots(torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1), self._content())
+        return dots(torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1), self._content(), reduce)
 
     def truncate(self, n: int) -> int:
         """Forget what came after the first n tokens; returns how many are still covered: only whole pages stay."""

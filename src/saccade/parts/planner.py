@@ -19,19 +19,25 @@ from torch import Tensor
 
 from saccade.core import Decode, LayerContext, Selection
 from saccade.core.method import LayerPolicy
+from saccade.ops.estimate import Reduce
 from saccade.parts.dots import dots, weighted_values
+from saccade.parts.heads import reduce_heads
 
 _DENSE, _PLANS = -1, -2  # in a calibration plan, beside the numbers of layers
 
 
-def step_logits(ctx: LayerContext, q: Tensor, k: Tensor) -> Tensor:
+def step_logits(ctx: LayerContext, q: Tensor, k: Tensor, reduce: Reduce = "none") -> Tensor:
     """Logits of q `(B, Hq, 1, D)` over k `(B, Hk, n, D)`, scaled and capped: `(B, Hq, n)` float32 (float64 for float64).
 
-    Where entries lie encoded, k tells their number only, and keys are decoded a piece at a time.
+    reduce: "group_max" or "group_sum" over the query heads of a group, `(B, Hk, n)`; the others are then never written, where neither a
+    cap nor encoded entries stand in between. Where entries lie encoded, k tells their number only, and keys are decoded a piece at a time.
     """
+    if ctx.entries is None and ctx.softcap is None and ctx.scale > 0:
+        return dots(q.squeeze(2), k, reduce) * ctx.scale
     products = dots(q.squeeze(2), k) if ctx.entries is None else ctx.entries.dots(q.squeeze(2))
     logits = products * ctx.scale
-    return logits if ctx.softcap is None else ctx.softcap * torch.tanh(logits / ctx.softcap)
+    logits = logits if ctx.softcap is None else ctx.softcap * torch.tanh(logits / ctx.softcap)
+    return reduce_heads(logits, ctx.layout.kv_heads, reduce)
 
 
 def role_of(layer: int, layers: int, full: Collection[int]) -> LayerPolicy:
@@ -78,7 +84,11 @@ class Planner(Decode):
 
     @abstractmethod
     def choose(self, ctx: LayerContext, logits: Tensor) -> Selection:
-        """What the following layers read, from a planner's logits `(B, Hq, n)`, which may be overwritten."""
+        """What the following layers read, from a planner's logits `(B, Hq, n)` or its `scores`; both may be overwritten."""
+
+    def scores(self, ctx: LayerContext, q: Tensor, k: Tensor) -> Tensor:
+        """What is chosen by where the planner's output needs no logits: the logits, or fewer numbers that `choose` takes in their place."""
+        return step_logits(ctx, q, k)
 
     @abstractmethod
     def reads_all(self, n: int) -> bool:
@@ -93,7 +103,7 @@ class Planner(Decode):
         n = k.shape[2]
         if self.reads_all(n):
             return Selection.full(1, n, block_q=1, device=q.device)
-        return self.choose(ctx, step_logits(ctx, q, k))
+        return self.choose(ctx, self.scores(ctx, q, k))
 
     def attend(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         role, n = self.role(ctx), k.shape[2]
@@ -105,14 +115,14 @@ class Planner(Decode):
         if self.reads_all(n):
             ctx.publish(Selection.full(1, n, block_q=1, device=q.device))
             return ctx.attend(q, k, v, None)
-        logits = step_logits(ctx, q, k)
         if q.is_cuda and ctx.entries is None:
             # the decode kernel reads the keys a second time, which costs less than weights written out and read again
             out = ctx.attend(q, k, v, None)
-        else:
-            ctx.count(n)
-            weights = logits.softmax(-1)
-            out = weighted_values(weights, v) if ctx.entries is None else ctx.entries.weighted_values(weights)
-            out = out.unsqueeze(2).to(q.dtype)
+            ctx.publish(self.choose(ctx, self.scores(ctx, q, k)))
+            return out
+        ctx.count(n)
+        logits = step_logits(ctx, q, k)
+        weights = logits.softmax(-1)
+        out = weighted_values(weights, v) if ctx.entries is None else ctx.entries.weighted_values(weights)
         ctx.publish(self.choose(ctx, logits))
-        return out
+        return out.unsqueeze(2).to(q.dtype)

@@ -14,6 +14,9 @@ from saccade.core import Plan
 from saccade.evaluate.text import shipped_text
 from saccade.methods.decode import double_sparsity as module
 from saccade.methods.decode.double_sparsity import DoubleSparsity
+from saccade.methods.decode.quest import Quest
+from saccade.ops.estimate import Reduce
+from saccade.parts.heads import reduce_heads
 
 EXACT = {"bits": None, "sinks": 0, "recent": 0}
 OUTLIERS = [3, 17, 40, 58]  # channels that are large in keys and queries of key head 0; 1 and 2 places further in heads 1 and 2
@@ -87,6 +90,37 @@ def test_first_and_newest_tokens_come_out_of_the_budget() -> None:
     assert bool(mask[..., :4].all()) and bool(mask[..., -16:].all()) and bool((mask.sum(-1) == 50).all())
     tight = read(DoubleSparsity(budget=6, sinks=4, recent=16), q, k, plan)
     assert bool((tight.nonzero()[:, 2].view(6, 6) == torch.tensor([0, 1, 2, 3, 498, 499])).all())
+
+
+# -- heads of a group ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduce", ["none", "group_max", "group_sum"])
+@pytest.mark.parametrize("bits", [None, 3, 4])
+def test_heads_of_a_group_choose_together(reduce: Reduce, bits: int | None) -> None:
+    q, k, _ = planted(n=300)
+    plan = plan_of(DoubleSparsity(), (q, k, k))
+    q = q[:, :, -1:]
+    ends = {"channels": 0.25, "bits": bits, "sinks": 2, "recent": 3}
+    ctx = context(q, k, k, plan)
+    single = DoubleSparsity(**ends)  # type: ignore[arg-type]
+    single.observe(ctx, k, k, 0)
+    scores = reduce_heads(single.label_logits(ctx, q.squeeze(2)), 3, reduce)
+    scores[..., :2] = scores[..., -3:] = torch.inf
+    found = choose(DoubleSparsity(budget=30, reduce=reduce, **ends), q, k, k, plan)  # type: ignore[arg-type]
+    assert found.heads == (6 if reduce == "none" else 3)
+    assert torch.equal(found.dense_mask().squeeze(2), best(scores, 30))
+
+
+@pytest.mark.parametrize("reduce", ["group_max", "group_sum"])
+def test_all_channels_find_what_quest_finds_with_pages_of_one_token(reduce: Reduce) -> None:
+    q, k, v = tensors(2, 6, 2, 203, 16)
+    plan = plan_of(DoubleSparsity(), (q.expand(-1, -1, 203, -1), k, v))
+    method = DoubleSparsity(channels=1.0, budget=41, bits=None, sinks=0, recent=1, reduce=reduce)
+    quest = Quest(page_size=1, budget=41, reduce=reduce)
+    assert torch.equal(choose(method, q, k, v, plan).dense_mask(), choose(quest, q, k, v).dense_mask())
+    got, want = (saccade.attention(q, k, v, m, plan=p, layer=2, layers=8) for m, p in ((method, plan), (quest, None)))
+    assert float((got - want).abs().max()) < 1e-14
 
 
 # -- offline ---------------------------------------------------------------------------------------------------------------
@@ -227,6 +261,7 @@ def test_without_a_plan_it_refuses() -> None:
         ({"bits": 9}, "bits=9"),
         ({"bits": True}, "bits=True"),
         ({"by": "both"}, "by='both'"),
+        ({"reduce": "max"}, "double-sparsity got reduce='max': expected one of none, group_max, group_sum"),
         ({"sinks": -1}, "sinks=-1"),
         ({"recent": 1.0}, "recent=1.0"),
         ({"dense_layers": None}, "dense_layers=None"),

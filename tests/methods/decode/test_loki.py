@@ -17,6 +17,8 @@ from saccade.methods import build
 from saccade.methods.decode import loki as module
 from saccade.methods.decode.loki import Loki
 from saccade.ops import decode
+from saccade.ops.estimate import Reduce
+from saccade.parts.heads import reduce_heads
 
 
 def stretched(seed: int = 0, n: int = 3000) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +85,30 @@ def test_ranking_is_by_the_leading_coordinates_of_query_and_key() -> None:
     assert torch.equal(read(Loki(dims=4, budget=100), q, k, plan), best(approximate, 100))
 
 
+@pytest.mark.parametrize("reduce", ["none", "group_max", "group_sum"])
+def test_heads_of_a_group_choose_together(reduce: Reduce) -> None:
+    q, k, v = tensors(2, 6, 2, 203, 16)
+    plan = plan_of(Loki(), tensors(1, 6, 2, 100, 16, seed=5)[1])
+    method = Loki(dims=1.0, budget=41, reduce=reduce)
+    found = choose(method, q, k, v, plan)
+    exact = best(reduce_heads(logits(q, k), 2, reduce), 41)
+    assert found.heads == (6 if reduce == "none" else 2) and torch.equal(found.dense_mask().squeeze(2), exact)
+    seen = exact if reduce == "none" else exact.repeat_interleave(3, 1)
+    weights = (logits(q, k) * 16**-0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    want = (weights.unflatten(1, (2, 3)) @ v).flatten(1, 2).unsqueeze(2)
+    got = saccade.attention(q, k, v, method, plan=plan, layer=2, layers=8)
+    assert float((got - want).abs().max()) < 1e-14
+
+
+def test_a_group_looks_by_its_best_head_for_what_one_head_alone_needs() -> None:
+    q, k, _ = tensors(1, 4, 1, 300, 16)
+    q[:, 1:] = -0.5 * q[:, :1]  # three heads look away from what the first looks for
+    k[:, :, 70] = 3 * q[:, :1, 0]
+    plan = with_basis(torch.eye(16).expand(1, 16, 16))
+    by_best, by_sum = (Loki(dims=1.0, budget=10, reduce="group_max"), Loki(dims=1.0, budget=10, reduce="group_sum"))
+    assert bool(read(by_best, q, k, plan)[0, 0, 70]) and not bool(read(by_sum, q, k, plan)[0, 0, 70])
+
+
 # -- what the basis is worth --------------------------------------------------------------------------------------------
 
 
@@ -142,7 +168,7 @@ def test_random_tokens_of_the_same_number_and_too_few_dims_lose_the_needle(monke
     text, _ = answer(prompt, Loki(dims=2, budget=0.05), pocket_plan())
     assert text != prompt.answer
 
-    def random(q: Tensor, rows: Tensor) -> Tensor:
+    def random(q: Tensor, rows: Tensor, reduce: str) -> Tensor:
         return torch.rand(*q.shape[:2], rows.shape[2], generator=torch.Generator().manual_seed(rng.getrandbits(30)))
 
     monkeypatch.setattr(module, "dots", random)
@@ -244,6 +270,7 @@ def test_half_precision_stores_half_precision() -> None:
         ({"variance": 0.0}, "loki got variance=0.0"),
         ({"variance": 1.1}, "loki got variance=1.1"),
         ({"budget": 0.0}, "budget 0.0 is not a ratio"),
+        ({"reduce": "vote"}, "loki got reduce='vote': expected one of none, group_max, group_sum"),
         ({"budget": saccade.core.Threshold(0.1)}, "loki reads a fixed number of tokens"),
     ],
 )
@@ -253,5 +280,5 @@ def test_refuses(fields: dict[str, object], message: str) -> None:
 
 
 def test_spec_round_trip() -> None:
-    for spec in ("loki", "loki(dims=32, budget=0.125)", "loki(variance=0.9)"):
+    for spec in ("loki", "loki(dims=32, budget=0.125)", "loki(variance=0.9)", "loki(reduce='group_max')"):
         assert build(spec).spec == spec

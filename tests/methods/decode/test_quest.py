@@ -151,7 +151,7 @@ def test_the_pocket_model_finds_a_needle(dense_layers: int) -> None:
 def test_random_pages_of_the_same_number_lose_the_needle(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, rng = needle(), Random(0)
 
-    def random(self: PageBounds, q: Tensor) -> Tensor:
+    def random(self: PageBounds, q: Tensor, reduce: str) -> Tensor:
         return torch.rand(*q.shape[:2], self.pages, generator=torch.Generator().manual_seed(rng.getrandbits(30)))
 
     monkeypatch.setattr(PageBounds, "upper_bound", random)

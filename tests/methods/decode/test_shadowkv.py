@@ -9,13 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.contract.models import tiny
-from tests.methods.decode.harness import needle, tensors
+from tests.methods.decode.harness import needle, pocket, tensors
 from tests.methods.decode.sealing import ROTARY, closed, on_host, rotated, told
 from tests.methods.decode.stack import dense, over, worst
 from torch import Tensor
 
 import saccade
 from saccade.cache.shadow import ShadowSegment
+from saccade.evaluate.decoding import Outcome, run_sample
+from saccade.evaluate.lineups import CACHE, filled
+from saccade.evaluate.prompts import Codec, prompt_of
+from saccade.evaluate.tasks import build
+from saccade.evaluate.text import grammar
 from saccade.methods.decode.shadowkv import ShadowKV
 from saccade.parts.joint_rank import joint_factors
 from saccade.parts.rotary import turn
@@ -199,6 +204,23 @@ def test_needle_is_found_with_a_tenth_of_the_tokens_fetched() -> None:
     dense_bytes = 8 * 2 * 2 * 64 * 4 * prompt.ids.shape[1]
     assert stats.decode_density is not None and stats.decode_density < 0.2
     assert stats.kv_bytes < 0.4 * dense_bytes and on_host(cache) > 0.45 * dense_bytes
+
+
+def test_the_table_setting_reads_every_digit_at_a_quarter_of_the_cache() -> None:
+    """Of 8 bytes with most of a number the mean says so little that the chunk ranks below a quarter of the others."""
+    codec = Codec(saccade.pocket(torch.float32, "cpu")[1])
+    prompt = prompt_of(build("needle"), codec, grammar(), length=2048, seed=0, index=3)
+
+    def asked(spec: str) -> Outcome:
+        with saccade.attach(pocket(), decode=spec) as handle:
+            return run_sample(pocket(), codec, prompt, "aware", handle)
+
+    found = asked(filled(CACHE["shadowkv"]["0.25"], 2048))
+    assert found.score == 1
+    # of so short a prompt the basis and the newest chunks are 0.02
+    assert found.decode_density is not None and found.decode_density < 0.265
+    assert found.kv_bytes < 0.265 * 8 * 2 * 2 * 64 * 4 * 2048
+    assert asked("shadowkv(rank=64, budget=0.25, outliers=8)").score == 0
 
 
 def test_a_single_chunk_for_each_head_is_not_enough_for_the_needle() -> None:

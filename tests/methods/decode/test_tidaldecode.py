@@ -24,6 +24,9 @@ from saccade.core import Mass
 from saccade.core.method import LayerPolicy
 from saccade.methods import build
 from saccade.methods.decode.tidaldecode import TidalDecode
+from saccade.ops.estimate import Reduce
+from saccade.parts.heads import reduce_heads
+from saccade.parts.planner import step_logits
 
 # -- what is read -------------------------------------------------------------------------------------------------------
 
@@ -44,7 +47,7 @@ def test_layers_read_what_the_searching_layer_found_head_by_head() -> None:
 
 
 @pytest.mark.parametrize("reduce", ["none", "group_max", "group_sum"])
-def test_lists_are_of_a_query_head_or_of_its_group(reduce: str) -> None:
+def test_lists_are_of_a_query_head_or_of_its_group(reduce: Reduce) -> None:
     layers = random_stack(3)
     chosen = run_stack(TidalDecode(budget=12, start=1, correction=None, reduce=reduce), layers)[1].published
     assert chosen is not None and chosen.tokens.shape == (2, 6 if reduce == "none" else 2, 1, 12)
@@ -54,6 +57,20 @@ def test_lists_are_of_a_query_head_or_of_its_group(reduce: str) -> None:
         scores = grouped.amax(2) if reduce == "group_max" else grouped.sum(2)
     scores[..., -1] = torch.inf
     assert torch.equal(listed(chosen, chosen.heads), best(scores, 12))
+
+
+@pytest.mark.parametrize("reduce", ["none", "group_max", "group_sum"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_scores_of_a_group_choose_what_the_logits_of_its_heads_choose(reduce: Reduce, softcap: float | None) -> None:
+    """Where the output needs no logits, one row of scores a group is all there is."""
+    layer = random_stack(1)[0]
+    method = TidalDecode(budget=12, start=0, correction=None, reduce=reduce)
+    ctx = stack_context(0, 3, *layer, {}, [], softcap=softcap)
+    scores, plain = method.scores(ctx, layer[0], layer[1]), step_logits(ctx, layer[0], layer[1])
+    assert scores.shape == (2, 6 if reduce == "none" else 2, 90)
+    assert torch.equal(scores, reduce_heads(plain, 2, reduce)) or worst(scores, reduce_heads(plain, 2, reduce)) < 1e-14
+    attended = run_stack(method, [layer] * 3, softcap=softcap)[0].published
+    assert attended is not None and torch.equal(method.select(ctx, *layer).tokens, attended.tokens)
 
 
 @pytest.mark.parametrize("budget", [1.0, 90, 1000])

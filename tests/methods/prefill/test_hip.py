@@ -17,7 +17,7 @@ from saccade.core import Selection
 from saccade.methods import build
 from saccade.methods.prefill.hip import HiP
 from saccade.ops import attend
-from saccade.parts.key_tree import BlockScores, descend
+from saccade.ops.estimate.descend import BlockScores, descend
 
 TINY = HiP(top_k=8, block_q=8, window=5, sinks=3, dense_layers=0)
 SHAPES = [(96, 96), (100, 100), (50, 100), (37, 100), (5, 9), (300, 301)]

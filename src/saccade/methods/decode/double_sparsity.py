@@ -22,11 +22,14 @@ from torch import Tensor
 
 from saccade.core import Budget, Calibrated, Decode, Info, LayerContext, Mass, Selection, Threshold, register
 from saccade.core.method import LayerPolicy
-from saccade.ops.quant import affine_quantise, pack, unpack
+from saccade.ops.estimate import Reduce, packed_products
+from saccade.ops.quant import affine_quantise, pack
 from saccade.parts.columns import cut, extend
 from saccade.parts.dots import dots
 from saccade.parts.ends import force_ends
+from saccade.parts.heads import check_reduction
 from saccade.parts.pick import pick_best, read_tokens
+from saccade.parts.placed import placed
 
 
 @register
@@ -39,6 +42,8 @@ class DoubleSparsity(Decode, Calibrated):
     by: what tells a channel's importance: "product" |q_c k_c|, "query" |q_c| or "key" |k_c|.
     sinks, recent: first and newest tokens, read always; they come out of the budget. dense_layers: the first layers, which read
         everything.
+    reduce: "none" lets every query head choose its tokens; "group_max" and "group_sum" choose once for the query heads that share a key
+        head, by the highest or the summed a_t, so that a token is loaded once (inferred: the paper has no grouped heads).
     """
 
     channels: float | int = 0.0625
@@ -48,6 +53,7 @@ class DoubleSparsity(Decode, Calibrated):
     sinks: int = 4
     recent: int = 16
     dense_layers: int = 2
+    reduce: Reduce = "none"
 
     info = Info(
         slug="double-sparsity", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
@@ -69,6 +75,7 @@ class DoubleSparsity(Decode, Calibrated):
                 raise ValueError(f"double-sparsity({name}={value!r}) is not a whole number from 0 on")
         if isinstance(Budget.of(self.budget).amount, Mass | Threshold):
             raise ValueError("double-sparsity reads a fixed number of tokens: its budget is a ratio or a number of tokens")
+        check_reduction("double-sparsity", self.reduce)
 
     def layer_policy(self, layer: int, layers: int) -> LayerPolicy:
         return "dense" if layer < self.dense_layers else "select"
@@ -95,7 +102,7 @@ class DoubleSparsity(Decode, Calibrated):
         """The channels of a label, int64 `(Hk, d)`."""
         channels = ctx.found("channels")
         d = round(self.channels * channels.shape[-1]) if isinstance(self.channels, float) else self.channels
-        return channels[:, : max(1, d)].to(like.device)
+        return placed(channels, like.device, columns=max(1, d))
 
     def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
         channels = self.chosen(ctx, k)
@@ -109,18 +116,18 @@ class DoubleSparsity(Decode, Calibrated):
         return cut(ctx.state, n, "labels", "ranges")
 
     def label_logits(self, ctx: LayerContext, q: Tensor) -> Tensor:
-        """The products of q `(B, Hq, D)` with all labels, without the scale: `(B, Hq, n)` float32 (float64 for float64)."""
+        """The products of q `(B, Hq, D)` with all labels, without the scale: `(B, Hq, n)` float32 (float64 for float64).
+
+        With a reduction there is one row for each key head.
+        """
         channels = self.chosen(ctx, q)
         heads = channels.repeat_interleave(ctx.layout.query_heads // channels.shape[0], dim=0)
         q = q.gather(-1, heads.expand(q.shape[0], -1, -1))
         labels = ctx.state["labels"].view
         if self.bits is None:
-            return dots(q, labels)
-        # q.(lowest + step * code) = lowest * sum(q) + step * q.code: labels are never restored
-        logits = dots(q, unpack(labels, self.bits, channels.shape[-1]))
-        step, lowest = ctx.state["ranges"].view.to(logits.dtype).unsqueeze(2).unbind(-1)
-        sums = q.to(logits.dtype).sum(-1, keepdim=True)
-        return ctx.layout.to_groups(logits).mul_(step).addcmul_(ctx.layout.to_groups(sums), lowest).flatten(1, 2)
+            return dots(q, labels, self.reduce)
+        # labels are never restored
+        return packed_products(q, labels, ctx.state["ranges"].view, self.bits, channels.shape[-1], reduce=self.reduce)
 
     def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         n = k.shape[2]

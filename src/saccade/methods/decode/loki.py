@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from saccade.core import Budget, Calibrated, Decode, Info, LayerContext, Mass, Selection, Threshold, register
+from saccade.ops.estimate import Reduce
 from saccade.parts.dots import dots
 from saccade.parts.growing import Growing
+from saccade.parts.heads import check_reduction
 from saccade.parts.pca import dims_for, principal_basis, second_moment
 from saccade.parts.pick import pick_best, read_tokens
+from saccade.parts.placed import placed
 
 ROWS = 4096  # keys turned at a time: bounds the float32 copy of a long prompt
 
@@ -32,6 +35,8 @@ class Loki(Decode, Calibrated):
     variance: instead of dims, the fewest coordinates of each layer that hold this share of the keys' variance in
         every head.
     budget: tokens read per step and query head (int), or their share (float) of the entries the layer holds.
+    reduce: "none" as in the paper; "group_max" and "group_sum" choose once for the query heads that share a key head, by the highest
+        or the summed a_t, so that a token is loaded once.
 
     The paper replaces the cached keys by k P and reads their first d channels in place. Here the cache keeps its
     keys and the first d coordinates are stored beside them, contiguously: the cache is not smaller, and the index
@@ -41,6 +46,7 @@ class Loki(Decode, Calibrated):
     dims: float | int = 0.25
     variance: float | None = None
     budget: float | int = 0.25
+    reduce: Reduce = "none"
 
     info = Info(
         slug="loki", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
@@ -56,6 +62,7 @@ class Loki(Decode, Calibrated):
             raise ValueError(f"loki got variance={self.variance!r}: expected a share in (0, 1], or None")
         if isinstance(Budget.of(self.budget).amount, Mass | Threshold):
             raise ValueError("loki reads a fixed number of tokens: its budget is a ratio or a number of tokens")
+        check_reduction("loki", self.reduce)
 
     # -- offline -------------------------------------------------------------------------------------------------------
 
@@ -77,7 +84,7 @@ class Loki(Decode, Calibrated):
         else:
             d = round(self.dims * basis.shape[-1]) if isinstance(self.dims, float) else self.dims
         exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return basis[..., : max(1, d)].to(like.device, exact)
+        return placed(basis, like.device, exact, max(1, d))
 
     def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
         basis = self.leading(ctx, k)
@@ -98,4 +105,4 @@ class Loki(Decode, Calibrated):
         n = stored.shape[2]
         basis = self.leading(ctx, q)
         turned = (ctx.layout.to_groups(q.squeeze(2)).to(basis.dtype) @ basis).flatten(1, 2)
-        return read_tokens(pick_best(dots(turned, stored), Budget.of(self.budget).tokens(n)), n)
+        return read_tokens(pick_best(dots(turned, stored, self.reduce), Budget.of(self.budget).tokens(n)), n)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from saccade.core import Budget, Decode, Info, LayerContext, Mass, Selection, Threshold, register
 from saccade.core.method import LayerPolicy
-from saccade.parts.heads import check_reduction, reduce_heads
+from saccade.ops.estimate import Reduce
+from saccade.parts.heads import check_reduction
 from saccade.parts.pages import PageBounds
 from saccade.parts.pick import pick_best, read_pages
 
@@ -40,7 +41,7 @@ class Quest(Decode):
     page_size: int = 16
     budget: float | int = 1024
     dense_layers: int = 2
-    reduce: str = "none"
+    reduce: Reduce = "none"
 
     info = Info(
         slug="quest", phase="decode", reads_encoded=True, opened={"budget": 1.0},
@@ -73,6 +74,6 @@ class Quest(Decode):
         if count >= pages.pages:
             every = torch.arange(pages.pages, device=q.device)
             return read_pages(every[None, None], self.page_size, pages.n)
-        bounds = reduce_heads(pages.upper_bound(q.squeeze(2)), ctx.layout.kv_heads, self.reduce)
+        bounds = pages.upper_bound(q.squeeze(2), self.reduce)
         bounds[..., -1] = torch.inf  # the page being written
         return read_pages(pick_best(bounds, count), self.page_size, pages.n)

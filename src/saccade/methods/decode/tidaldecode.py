@@ -22,9 +22,10 @@ from torch import Tensor
 
 from saccade.core import Budget, Info, LayerContext, Mass, Selection, Threshold, register
 from saccade.core.method import LayerPolicy
+from saccade.ops.estimate import Reduce
 from saccade.parts.heads import check_reduction, reduce_heads
 from saccade.parts.pick import pick_best, read_tokens
-from saccade.parts.planner import Planner, check_place, layer_at, role_of
+from saccade.parts.planner import Planner, check_place, layer_at, role_of, step_logits
 
 
 @register
@@ -40,7 +41,7 @@ class TidalDecode(Planner):
     budget: float | int = 512
     start: int = 2
     correction: float | int | None = 0.4
-    reduce: str = "none"
+    reduce: Reduce = "none"
 
     info = Info(
         slug="tidaldecode", phase="decode", reads_encoded=True, opened={"budget": 1.0},
@@ -66,8 +67,12 @@ class TidalDecode(Planner):
     def reads_all(self, n: int) -> bool:
         return Budget.of(self.budget).tokens(n) >= n
 
+    def scores(self, ctx: LayerContext, q: Tensor, k: Tensor) -> Tensor:
+        return step_logits(ctx, q, k, self.reduce)
+
     def choose(self, ctx: LayerContext, logits: Tensor) -> Selection:
         n = logits.shape[-1]
-        scores = reduce_heads(logits, ctx.layout.kv_heads, self.reduce)
+        whole = logits.shape[1] == ctx.layout.query_heads  # and not one row a group already
+        scores = reduce_heads(logits, ctx.layout.kv_heads, self.reduce) if whole else logits
         scores[..., -1] = torch.inf  # the newest token
         return read_tokens(pick_best(scores, Budget.of(self.budget).tokens(n)), n)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saccade.core import Decode, Info, LayerContext, Prefill, Selection, register
 from saccade.core.method import LayerPolicy
-from saccade.parts.key_tree import BlockScores, descend
+from saccade.ops.estimate import descend_tree
 from saccade.parts.lists import KeyLists, open_rows, run_tiles, tile_ends
 
 
@@ -76,7 +76,7 @@ class HiP(Prefill, Decode):
         if ctx.phase == "decode":
             return self._step(ctx, q, k)
         n_q, n_k = q.shape[2], k.shape[2]
-        ends = tile_ends(n_q, n_k, self.block_q, q.device)
+        ends = tile_ends(n_q, n_k, self.block_q)
         searched = self._searched(ends - self.block_q)
         # a block that is not full is filled up with its last row
         whole = torch.nn.functional.pad(q, (0, 0, 0, -n_q % self.block_q))
@@ -97,17 +97,21 @@ class HiP(Prefill, Decode):
         return ctx.attend(q, k, v, self.select(ctx, q, k, v))
 
     def _searched(self, positions: Tensor) -> Tensor:
-        """Blocks between the sinks and the window of the query at each position, int64."""
+        """Blocks between the sinks and the window of the query at each position, int64.
+
+        Lengths alone decide: this and the bounds below are on the CPU, where asking for their values waits for no kernel.
+        """
         return torch.div(positions - self.window + 1 - self.sinks, self.block_k, rounding_mode="floor").clamp(min=0)
 
     def _search(self, rows: Tensor, k: Tensor, searched: Tensor) -> Tensor:
         """Blocks found for each query tile, `(B, Hq, T, K)` int64 ascending, past the end `searched[-1]`."""
         keep = min(self.top_k // self.block_k, max(1, int(searched[-1])))
-        score = BlockScores(rows, k, first=self.sinks, block=self.block_k, stride=self.stride_k)
-        return descend(score, searched, keep, tuple(rows.shape[:2]))
+        return descend_tree(rows, k, searched, keep, first=self.sinks, block=self.block_k, stride=self.stride_k)
 
     def _lists(self, found: Tensor, searched: Tensor, begins: Tensor, ends: Tensor, n_k: int) -> KeyLists:
         """Sinks and found blocks as single keys, the window from `begins (T,)` to `ends (T,)` as tiles."""
+        starts = run_tiles(begins, ends, self.block_q, n_k)
+        starts, searched, ends = (x.to(found.device, non_blocking=True) for x in (starts, searched, ends))
         units = (found.unsqueeze(-1) * self.block_k + self.sinks + torch.arange(self.block_k, device=found.device)).flatten(3)
         real = found < searched.view(-1, 1)
         units = units.masked_fill(~real.repeat_interleave(self.block_k, -1), n_k)
@@ -115,8 +119,7 @@ class HiP(Prefill, Decode):
         sinks = torch.where(sinks < ends.unsqueeze(-1), sinks, n_k).expand(*found.shape[:3], -1)
         # a tile that ends among the sinks has found nothing, so the list stays ascending
         tokens = torch.cat([sinks, units], dim=-1).to(torch.int32)
-        starts = run_tiles(begins, ends, self.block_q, n_k).expand(*found.shape[:3], -1)
-        return KeyLists(starts, tokens)
+        return KeyLists(starts.expand(*found.shape[:3], -1), tokens)
 
     # -- decoding ----------------------------------------------------------------------------------------------------------
 
@@ -131,10 +134,10 @@ class HiP(Prefill, Decode):
     def _step(self, ctx: LayerContext, q: Tensor, k: Tensor) -> Selection:
         n = k.shape[2]
         if "found" not in ctx.state or n // self.refresh > ctx.state["searched at"] // self.refresh:
-            searched = self._searched(torch.tensor([n - 1], device=q.device))
+            searched = self._searched(torch.tensor([n - 1]))
             ctx.state["found"] = self._search(q.unsqueeze(2), k, searched)
             ctx.state["searched at"] = n
-        searched = self._searched(torch.tensor([ctx.state["searched at"] - 1], device=q.device))
+        searched = self._searched(torch.tensor([ctx.state["searched at"] - 1]))
         begins = self.sinks + searched * self.block_k
-        lists = self._lists(ctx.state["found"], searched, begins, torch.tensor([n], device=q.device), n)
+        lists = self._lists(ctx.state["found"], searched, begins, torch.tensor([n]), n)
         return lists.selection(n_q=1, n_k=n, block=self.block_q)

@@ -23,6 +23,7 @@ from saccade.ops.attend import cpu, dense, flex, reference
 from saccade.ops.attend.features import check, check_state, join_sinks, row_positions
 from saccade.ops.attend.low_bit import attend_low_bit
 from saccade.ops.attend.problem import ExtraKeys, LowRank, Problem
+from saccade.ops.autocast import alike
 from saccade.ops.gpu import require_triton, runs_on
 from saccade.ops.record import LastRun, note
 
@@ -80,6 +81,7 @@ def attend(
     `saccade.last_run()` says what ran.
     Raises ValueError or TypeError on shapes, dtypes or devices that don't fit, and when the named `impl` can't run the call.
     """
+    q, k, v = alike(q, k, v)
     layout = check_attention_inputs(q, k, v)
     if selection is not None:
         _check_selection(selection, q, k)

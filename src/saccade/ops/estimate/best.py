@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from saccade.ops.estimate.common import Impl, exact, note, use_triton
+from saccade.ops.estimate.groups import Reduce, check_reduce, over_group, rows_of
 from saccade.ops.scratch import as_exact
 
 CHUNK = 4 << 20  # bytes of stored rows turned to float32 at a time
 HALF = (torch.bfloat16, torch.float16)
 
 
-def row_products(q: Tensor, rows: Tensor, *, impl: Impl = "auto") -> Tensor:
+def row_products(q: Tensor, rows: Tensor, *, reduce: Reduce = "none", impl: Impl = "auto") -> Tensor:
     """q `(B, Hq, E)` times rows `(B, Hk, n, E)`, Hk dividing Hq: `(B, Hq, n)` in float32 (float64 for float64).
 
     Rows are never repeated for the queries of a group. Half-precision rows are multiplied in float32: products rounded to 8 bits would
-    tie.
+    tie. reduce: "group_max" or "group_sum" over the query heads that share a row makes it `(B, Hk, n)`; the kernel writes no more.
     """
     batch, kv_heads, n, dim = rows.shape
     if q.ndim != 3 or q.shape[0] != batch or q.shape[2] != dim or q.shape[1] % kv_heads:
         raise ValueError(f"row_products: queries {tuple(q.shape)} do not fit rows {tuple(rows.shape)}: expected (B, heads, E)")
+    check_reduce("row_products", reduce)
     known = rows.dtype in HALF and q.dtype in (*HALF, torch.float32)
     unsupported = None if known else f"the kernel takes float16 and bfloat16 rows, not {rows.dtype}"
     fast = use_triton("row_products", impl, rows, unsupported)
@@ -32,15 +34,16 @@ def row_products(q: Tensor, rows: Tensor, *, impl: Impl = "auto") -> Tensor:
     if fast and n:
         from saccade.ops.estimate.triton.products import products
 
-        return products(q, rows)
+        return products(q, rows, reduce)
     wanted = exact(q)
     queries = q.to(wanted).reshape(batch * kv_heads, q.shape[1] // kv_heads, dim)
     flat = rows.flatten(0, 1)
+    shape = batch, rows_of(q.shape[1], kv_heads, reduce), n
     if flat.dtype == wanted:
-        return (queries @ flat.mT).view(batch, q.shape[1], n)
+        return over_group(queries @ flat.mT, reduce).view(shape)
     step = max(1, CHUNK // max(1, n * dim * wanted.itemsize))
     pieces = zip(queries.split(step), flat.split(step), strict=True)
-    return torch.cat([a @ as_exact(b, wanted, "dots").mT for a, b in pieces]).view(batch, q.shape[1], n)
+    return torch.cat([over_group(a @ as_exact(b, wanted, "dots").mT, reduce) for a, b in pieces]).view(shape)
 
 
 def best_ids(scores: Tensor, count: int, *, impl: Impl = "auto") -> Tensor:

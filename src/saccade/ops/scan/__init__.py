@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import alike
 from saccade.ops.gpu import require_triton, runs_on
 from saccade.ops.record import LastRun, note
 from saccade.ops.scan import chunked, reference, step
@@ -62,6 +63,7 @@ def scan(
     normalise ScanState(s, z `(B, H, D)`); B is S under cu_seqlens; None unless return_state.
     Raises ValueError or TypeError on shapes, dtypes or devices that don't fit, and when the named `impl` can't run the call.
     """
+    q, k, v = alike(q, k, v)
     problem = check(q, k, v, log_decay, beta, initial_state, scale, normalise, cu_seqlens)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
@@ -88,6 +90,7 @@ def scan_step(
     state: what `scan` or a step before returned, or None at the start.
     Returns (out `(B, H, Dv)`, the new state); the given one is not changed. Raises as `scan` does.
     """
+    q, k, v = alike(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise ValueError(f"{name} has shape {tuple(getattr(x, 'shape', ()))}: a step takes one token, (B, H, D)")
