@@ -251,6 +251,19 @@ def test_gradcheck(spec: str):
     assert torch.autograd.gradcheck(lambda x: mixer(x, keep=False)[0], tokens(1, 5, 8).requires_grad_(), fast_mode=True)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_under_autocast_it_trains(spec: str):
+    """Norms and exponentials give float32 beside the half precision of products."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mixer, x = layer(spec, torch.float32).to(device), tokens(n=40, dtype=torch.float32).to(device).requires_grad_()
+    plain = mixer(x, keep=False)[0]
+    with torch.autocast(device, torch.bfloat16):
+        y = mixer(x, keep=False)[0].float()
+    assert float((y - plain).norm() / plain.norm()) < 0.2
+    y.square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in [x, *mixer.parameters()] if p.grad is not None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spec", SPECS)

@@ -36,7 +36,8 @@ from saccade.ops import attend, last_run
 LAYER, LAYERS = 16, 32  # where in a model the layer stands: some methods leave the first layers dense
 DISTANCE_ROWS = 64  # every so many rows are compared with dense attention
 MLP, VOCABULARY = 3.5, 1024  # of the model with random weights: hidden sizes, and few words, which attention does not care about
-SAVES_NOTHING = ("deltallm",)  # fewer multiplications, which matrix units do all the same: asked for by name it runs
+# asked for by name they run: fewer multiplications, which matrix units do all the same, or all probabilities written out for later
+SAVES_NOTHING = ("deltallm", "spatten", "ltri-llm")
 QUICK = ("minference", "sampleattention")
 CPU_QUICK = (
     "minference(columns=0.05, offsets=0.1)", "sampleattention(alpha=0.8)", "dhsa(budget=0.25)", "deltallm",

@@ -10,7 +10,8 @@ of their keys and values (each has its own index and its own queries): one layer
   attention    the attention calls of all layers, one after the other
   whole model  a Llama of the shape with so many layers and random weights, projections and feed-forward layers included
 
-"GPU work" is timed with all launches queued ahead; "step" is what a user waits for, the host's part included.
+"GPU work" is that of a step recorded as a CUDA graph and replayed (of a step that can't be recorded, with its launches queued ahead);
+"step" is what a user waits for, the host's part included.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from saccade.bench import peers
 from saccade.bench.case import Case, Contestant, Field, Run, Settings, Work
 from saccade.bench.prefill_inputs import SHAPES
 from saccade.bench.prefill_inputs import Shape as PromptShape
+from saccade.bench.timing import recorded
 from saccade.cache import KVLayer
 from saccade.core import CachePolicy, Decode, HeadLayout, Method, Plan, Rotary
 from saccade.methods import build
@@ -75,11 +77,11 @@ def decoding(spec: str) -> Decode | CachePolicy:
     return method
 
 
-def plans_of(method: Method, shape: Shape, s: Settings) -> dict[str, Plan]:
-    """Plans made on a small model of the shape's heads with random weights, which is enough for times."""
+def plans_of(method: Method, shape: Shape, s: Settings, model: Any = None) -> dict[str, Plan]:
+    """Plans made on `model`, else on a small one of the shape's heads with random weights, which is enough for times."""
     if "calibration" not in method.info.needs:
         return {}
-    model = _model(replace(shape, n=2048), s, hidden=8 * shape.heads)
+    model = _model(replace(shape, n=2048), s, hidden=8 * shape.heads) if model is None else model
     ids = torch.randint(3, 64, CALIBRATION, generator=s.generator(), device=s.device)
     return {method.info.slug: calibrate(model, method, [ids[:1], ids[1:]])}
 
@@ -149,13 +151,18 @@ def _attention(spec: str, shape: Shape, s: Settings) -> Field:
     amount = Work(flops=4.0 * shape.dim * shape.batch * shape.heads * shape.n * shape.layers, bytes=whole, unit="byte")
     note = f"holds {stored / whole:.1%} of the dense cache's bytes, and {beside / whole:.1%} beside them"
 
+    def prepared(call: Callable[[], object], impl: Callable[[], str] | str, notes: str, alone: bool) -> Run:
+        found = recorded(call) if alone else None
+        said = "" if not alone or notes == "" else "; from a CUDA graph" if found else "; the step waits for the GPU, so queued ahead"
+        return Run(call=found or call, impl=impl, note=notes + said)
+
     def contestants(name: str, call: Callable[[], object], impl: Callable[[], str] | str, shared: str | None) -> list[Contestant]:
         return [
             Contestant(
-                name=f"{name}, {what}", role="dense" if shared else "ours", work=amount, checked=False, ahead_ms=ahead, shared=shared,
-                make=lambda: Run(call=call, impl=impl, note="" if shared else note),
+                name=f"{name}, {what}", role="dense" if shared else "ours", work=amount, checked=False, ahead_ms=AHEAD_MS if alone else 0.0,
+                shared=shared, make=partial(prepared, call, impl, "" if shared else note, alone),
             )
-            for what, ahead in ((("GPU work", AHEAD_MS), ("step", 0.0)) if s.cuda else (("step", 0.0),))
+            for what, alone in ((("GPU work", True), ("step", False)) if s.cuda else (("step", False),))
         ]  # fmt: skip
 
     @functools.cache
@@ -207,7 +214,7 @@ def _whole(spec: str, shape: Shape, s: Settings) -> Field:
 
     model = _model(shape, s, hidden=shape.heads * shape.dim)
     method = decoding(spec)
-    plans = list(plans_of(method, shape, s).values())
+    plans = list(plans_of(method, shape, s, model).values())
     phase = "decode" if isinstance(method, Decode) else "cache"
     ids = torch.full((shape.batch, 1), 5, device=s.device)
     weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
@@ -221,8 +228,8 @@ def _whole(spec: str, shape: Shape, s: Settings) -> Field:
         model(ids.expand(-1, LAST), past_key_values=cache, logits_to_keep=1)
         return cache
 
-    def with_method() -> Run:
-        block = attach(model, **{phase: method}, plan=plans, impl=s.impl)  # pyright: ignore[reportArgumentType]
+    def attached(**how: Any) -> Run:
+        block = attach(model, **how, impl=s.impl)
         with block as handle:
             cache = filled()
             model(ids, past_key_values=cache)
@@ -241,8 +248,9 @@ def _whole(spec: str, shape: Shape, s: Settings) -> Field:
         return Run(call=lambda: model(ids, past_key_values=cache).logits, impl="sdpa")
 
     return Field(contestants=[
-        Contestant(name="saccade, step", role="ours", work=amount, make=with_method, checked=False),
-        Contestant(name="transformers, step", role="dense", work=amount, make=plain, checked=False),
+        Contestant(name="saccade, step", role="ours", work=amount, make=lambda: attached(**{phase: method}, plan=plans), checked=False),
+        Contestant(name="saccade dense, step", role="dense", work=amount, make=attached, checked=False, shared=f"saccade {shape}"),
+        Contestant(name="transformers, step", role="dense", work=amount, make=plain, checked=False, shared=f"transformers {shape}"),
     ], note="random weights")  # fmt: skip
 
 

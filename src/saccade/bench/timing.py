@@ -131,3 +131,18 @@ def environment(device: str) -> dict[str, object]:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
     return {"torch": torch.__version__, "device": device, "device_name": name, "threads": torch.get_num_threads()}
+
+
+def recorded(run: Callable[[], object]) -> Callable[[], object] | None:
+    """The GPU work of one run as a CUDA graph to be replayed, without anything the host does; None where it can't be recorded.
+
+    A run that asks the GPU for a value can't. One that keeps books on the host does so once, when it is recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # the capture is given up, and the GPU goes on
+        torch.cuda.synchronize()
+        return None
+    return graph.replay

@@ -27,7 +27,9 @@ from saccade.parts.pick import pick_best
 
 
 def interleave_ranks(scores: Tensor, best: int) -> Tensor:
-    """Scores `(B, H, U)` to `(B, 1, U)` float32 (float64 where there are too many turns for it): minus the turn at which a unit is first named, -inf for units that no head names.
+    """Scores `(B, H, U)` to `(B, 1, U)`: minus the turn at which a unit is first named, -inf for units that no head names.
+
+    float32, and float64 where there are too many turns for it.
 
     Every head names its best unit, then every head its second best, and so on for `best` units a head, heads in their order. The c highest
     results are therefore the first c different units of that reading, and no two of them are equal.

@@ -171,8 +171,12 @@ def tune(
 
 
 def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Nats of every token after the first, `(B, N - 1)`."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    """Nats of every token after the first, `(B, N - 1)`.
+
+    On a GPU under bfloat16 autocast: in float32 torch's attention writes all scores of grouped heads out, 4 bytes for each of N^2.
+    """
+    with torch.autocast("cuda", torch.bfloat16) if ids.is_cuda else nullcontext():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 

@@ -114,15 +114,16 @@ class ShaMixer(TokenMixer):
     # -- the block in three steps ------------------------------------------------------------------------------------------
 
     def recur(self, x: Tensor, past: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """h `(B, N, dim)` and the LSTM's state, both `(B, wide * dim)`, computed in float32 at least."""
+        """h `(B, N, dim)` and the LSTM's state, both `(B, wide * dim)`, computed in float32 at least, under autocast too."""
         wide = torch.promote_types(x.dtype, torch.float32)
         before = (past["h"].unsqueeze(0), past["c"].unsqueeze(0)) if past else None
         weights = {name: p.to(wide) for name, p in self.lstm.named_parameters()}
         given = self.start_norm(x).to(wide)
-        if wide == x.dtype:
-            out, (h, c) = self.lstm(given, before)
-        else:
-            out, (h, c) = functional_call(self.lstm, weights, (given, before))
+        with torch.autocast(x.device.type, enabled=False):
+            if wide == x.dtype:
+                out, (h, c) = self.lstm(given, before)
+            else:
+                out, (h, c) = functional_call(self.lstm, weights, (given, before))
         return self.narrow(out, x), {"h": h.squeeze(0), "c": c.squeeze(0)}
 
     def narrow(self, out: Tensor, x: Tensor) -> Tensor:

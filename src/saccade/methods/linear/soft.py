@@ -71,13 +71,18 @@ def landmark_read(q: Tensor, landmarks: Tensor, v: Tensor, *, ridge: float = 0.0
 
 
 def middle(landmarks: Tensor, ridge: float, normalised: bool, steps: int | None = None) -> Tensor:
-    """The inverse between, `(B, H, m, m)`: by so many of Newton's steps, or exact with None."""
-    p = gaussian(landmarks, landmarks) + ridge * torch.eye(landmarks.shape[2], dtype=landmarks.dtype, device=landmarks.device)
-    inverse = torch.linalg.inv(p) if steps is None else newton_inverse(p, steps)
-    if not normalised:
-        return inverse
-    root = p.sum(-1, keepdim=True).rsqrt()
-    return root * inverse * root.mT
+    """The inverse between, `(B, H, m, m)`: by so many of Newton's steps, or exact with None.
+
+    In float32 at least, under autocast too: products of half precision leave no inverse.
+    """
+    with torch.autocast(landmarks.device.type, enabled=False):
+        a = landmarks.to(torch.promote_types(landmarks.dtype, torch.float32))
+        p = gaussian(a, a) + ridge * torch.eye(a.shape[2], dtype=a.dtype, device=a.device)
+        inverse = torch.linalg.inv(p) if steps is None else newton_inverse(p, steps)
+        if normalised:
+            root = p.sum(-1, keepdim=True).rsqrt()
+            inverse = root * inverse * root.mT
+    return inverse.to(landmarks.dtype)
 
 
 class SoftMixer(TwoWay):
