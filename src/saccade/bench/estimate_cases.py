@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saccade.bench import peers
 from saccade.bench.case import Case, Check, Contestant, Field, Run, Settings, Work
+from saccade.bench.choosing_cases import BATCH, STEP, Entry, dense_step, descend_tree
 from saccade.bench.exact import EqualCheck, SliceCheck
 from saccade.core import Selection
 from saccade.ops import estimate
@@ -38,17 +39,6 @@ class Shape:
     def rows(self) -> int:
         """Query rows of a checked slice."""
         return min(ROWS, self.n)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One function on given tensors. call takes the impl. exact: its outputs on a slice, by the reference, in a dtype. slices: the
-    same part of the outputs."""
-
-    work: Work
-    call: Callable[[str], Any]
-    check: Check
-    outputs: Callable[[Any], tuple[Tensor, ...]] = lambda raw: raw if isinstance(raw, tuple) else (raw,)
 
 
 def _tensors(shape: Shape, s: Settings) -> tuple[Tensor, Tensor]:
@@ -225,6 +215,8 @@ FUNCTIONS: dict[str, Callable[[Shape, Settings], Entry]] = {
     "tile maxima 8 bits": partial(_tiles, bits=8),
     "tile maxima": partial(_tiles, bits=None),
     "pooled probabilities": _probabilities,
+    "descend tree": descend_tree,
+    **STEP,
 }
 
 
@@ -234,10 +226,13 @@ def _build(what: str, shape: Shape, s: Settings) -> Field:
         name="saccade", role="ours", work=entry.work,
         make=lambda: Run(call=lambda: entry.call(s.impl), outputs=entry.outputs, impl=lambda: last_estimate().impl),
     )  # fmt: skip
+    if what in STEP:
+        return Field(contestants=[ours, dense_step(shape, s)], check=entry.check)
     q, k = _tensors(shape, s)
     pairs = shape.batch * shape.heads * shape.n * (shape.n + 1) / 2
     dense = Work(flops=4 * shape.dim * pairs, bytes=2 * _bytes(q, k), unit="FLOP")
-    return Field(contestants=[ours, *peers.dense(peers.Inputs(q, k, k), dense, checked=False)[:1]], check=entry.check)
+    others = [replace(c, shared=f"prompt {shape}") for c in peers.dense(peers.Inputs(q, k, k), dense, checked=False)[:1]]
+    return Field(contestants=[ours, *others], check=entry.check)
 
 
 def case(what: str, shape: Shape, size: int = 2) -> Case:
@@ -245,7 +240,7 @@ def case(what: str, shape: Shape, size: int = 2) -> Case:
         raise ValueError(f"{what!r} is no function of estimate: choose one of {', '.join(FUNCTIONS)}")
     if shape.n % 128:
         raise ValueError(f"estimates are timed over whole tiles: {shape.n} tokens are no multiple of 128")
-    tokens = shape.batch * (shape.heads + shape.kv_heads) * shape.n * shape.dim
+    tokens = (BATCH if what in STEP else shape.batch) * (shape.heads + shape.kv_heads) * shape.n * shape.dim
     return Case(
         family=what, shape=vars(shape).copy(), need=6.0 * tokens * size + 24.0 * shape.heads * (shape.n / 64) ** 2,
         build=partial(_build, what, shape),
@@ -257,6 +252,6 @@ def cases(grid: str, cuda: bool) -> list[Case]:
         shapes = [Shape(512, 4, 2, 32)] if grid == "quick" else [Shape(n, 8, 2, 64) for n in (2048, 4096)]
         return [case(what, shape, 4) for shape in shapes for what in FUNCTIONS]
     if grid == "quick":
-        long = ("pooled scores", "choose top-k", "min-max pages", "page bounds", "row sums")
+        long = ("pooled scores", "choose top-k", "min-max pages", "page bounds", "row sums", "descend tree", *STEP)
         return [*(case(what, Shape(32768)) for what in FUNCTIONS), *(case(what, Shape(131072)) for what in long)]
     return [case(what, Shape(n)) for n in (32768, 131072, 8192) for what in FUNCTIONS]
