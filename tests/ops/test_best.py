@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,6 +51,33 @@ KINDS = ["normal", "ties", "zeros", "special", "periodic", "rising", "one value"
 def test_reference(kind: str, count: int) -> None:
     x = rows(kind, 3, 300)
     assert torch.equal(best_ids(x, count, impl="reference"), sorted_ids(x, count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_reference_of_other_dtypes(dtype: torch.dtype) -> None:
+    x = torch.cat([rows("normal", 2, 300), rows("special", 2, 300)]).to(dtype).view(2, 2, 300)
+    assert torch.equal(best_ids(x, 33, impl="reference"), sorted_ids(x, 33))
+    # a view into storage that grows, whose scores carry gradients
+    part = torch.cat([x, x], dim=-1)[..., :300].requires_grad_()
+    assert torch.equal(best_ids(part, 33, impl="reference"), sorted_ids(x, 33))
+
+
+def test_a_row_with_too_many_does_not_make_up_for_one_with_too_few() -> None:
+    x = rows("rising", 2, 300)
+    x = torch.stack([x[0], x[1].flip(0)])
+    for first in (0, 1):
+        ties = x.clone()
+        # one more entry at the border of this row; in the other one a nan, which no comparison finds
+        ties[first, 150] = ties[first].sort().values[-40]
+        ties[1 - first, 7] = torch.nan
+        assert torch.equal(best_ids(ties, 40, impl="reference"), sorted_ids(ties, 40))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    x = rows(kind, 3, 300)
+    assert torch.equal(best_ids(x, 40, impl="reference"), sorted_ids(x, 40))
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs Triton")

@@ -328,7 +328,7 @@ class KVLayer(CacheLayerMixin):
         assert self.tail is not None
         packed = next((s for s in self.segments if isinstance(s, PackedSegment)), None)
         if row is None and packed is None:
-            return Slots(Rectangle(self.tail.keys, self.tail.values, self.tail.side), counted=self._counted(row))
+            return Slots.over(self.tail, self._counted(row))
         tail = row_of(self.tail, row or 0)
         return Slots(tail if packed is None else joined(packed.read_row(row or 0), tail), counted=self._counted(row))
 
@@ -359,7 +359,7 @@ class KVLayer(CacheLayerMixin):
         rows = [slots.rectangle for _, slots in opened]
         self.segments = [s for s in self.segments if not isinstance(s, PackedSegment)]
         if opened[0][0] is None and rows[0].valid is None:
-            self.tail = Tail(rows[0])
+            self.tail = opened[0][1].to_tail()
             return
         by_row = rows if opened[0][0] is not None else [row_of_rectangle(rows[0], b) for b in range(rows[0].keys.shape[0])]
         if self.rectangular:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saccade.cache.counted import CountedSegment
 from saccade.cache.segment import Rectangle, Segment
+from saccade.cache.tail import Tail
 from saccade.parts.merging import LOG_WEIGHT
 from saccade.parts.rows import pick_rows
 
@@ -27,9 +28,24 @@ class Slots:
         self.keys = stored.keys if keys is None else keys
         self.values = stored.values if values is None else values
         self.side = dict(stored.side)
+        self._tail: Tail | None = None  # whose storage these entries are, as long as all changes are made in it
         self.sealed: list[Segment] = []
         self.moved = False  # entries were dropped, replaced or sealed
         self.reordered = False  # slots no longer stand for the same entries, sealed ones counted before the others
+
+    @classmethod
+    def over(cls, tail: Tail, counted: CountedSegment | None = None) -> Slots:
+        """All entries of a tail without padding. `drop` and `write` then work in its storage, and at once."""
+        new = cls(Rectangle(tail.keys, tail.values, tail.side), counted=counted)
+        new._tail = tail if tail.real is None else None
+        return new
+
+    def to_tail(self) -> Tail:
+        """What is now stored as a tail: the one that was opened, if all changes were made in it, else a new one."""
+        if self._tail is None:
+            return Tail(self.rectangle)
+        self._tail.set_side(self.side_changes)
+        return self._tail
 
     @property
     def heads(self) -> int:
@@ -55,7 +71,7 @@ class Slots:
 
     @property
     def side_changes(self) -> dict[str, Tensor]:
-        """Side arrays that were added or replaced since the entries were opened, while no entry moved."""
+        """Side arrays that were added or replaced since the entries were opened or last moved."""
         return {name: x for name, x in self.side.items() if self._stored.side.get(name) is not x}
 
     def keep(self, indices: Tensor, counts: Tensor | None = None) -> None:
@@ -75,7 +91,59 @@ class Slots:
             self.keys, self.values = pick_rows(self.keys, wide), pick_rows(self.values, wide)
         else:
             self.keys, self.values = self._stored.keys, self._stored.values
+        self._replaced()
+
+    def drop(self, begin: int, count: int) -> None:
+        """Drop the slots begin ... begin + count - 1 of every head; heads must hold equally many entries.
+
+        A whole tail moves its first `begin` entries and no others, so dropping one entry behind a few costs as much as those few.
+        """
+        if begin < 0 or count < 0 or begin + count > self.length or self.valid is not None:
+            ragged = " of heads that hold different numbers" if self.valid is not None else ""
+            raise ValueError(f"drop({begin}, {count}) does not fit {self.length} entries{ragged}")
+        tail = self._in_place()
+        if tail is None:
+            slots = torch.arange(self.length - count, device=self._stored.keys.device)
+            self.keep((slots + count * (slots >= begin)).expand(*self._stored.keys.shape[:2], -1))
+            return
+        tail.set_side(self.side_changes)
+        tail.drop(begin, count)
+        self._read(tail)
         self.moved = self.reordered = True
+
+    def write(self, begin: int, keys: Tensor | None = None, values: Tensor | None = None, side: dict[str, int] | None = None) -> None:
+        """Replace the stored keys, or values, or both `(B, H, m, ...)` of m slots from `begin` on; side: a number for each of side arrays,
+        of which new ones have 0 elsewhere. Costs as much as m entries in a whole tail."""
+        new = {name: x for name, x in (("keys", keys), ("values", values)) if x is not None}
+        end = begin + max((x.shape[2] for x in new.values()), default=0)
+        old = {name: getattr(self._stored, name) for name in new}
+        for name, x in new.items():
+            if x.shape != old[name][:, :, begin:end].shape or x.dtype != old[name].dtype:
+                raise ValueError(
+                    f"write({begin}) was given {name} {x.dtype} {tuple(x.shape)}: they don't fit {old[name].dtype} {tuple(old[name].shape)}"
+                )
+        for name, number in (side or {}).items():
+            x = self.side.get(name)
+            self.side[name] = torch.zeros_like(self.side["positions"]) if x is None else x if self._in_place() is not None else x.clone()
+            self.side[name][:, :, begin:end].fill_(number)
+        if self._in_place() is None:
+            self.rewrite(**{name: torch.cat([old[name][:, :, :begin], x, old[name][:, :, end:]], 2) for name, x in new.items()})
+            return
+        for name, x in new.items():
+            old[name][:, :, begin:end] = x
+        self.moved = self.reordered = True
+
+    def _in_place(self) -> Tail | None:
+        """The tail whose storage may be changed, if there is one; autograd must not see its inputs change."""
+        return None if self._stored.keys.requires_grad or self._stored.values.requires_grad else self._tail
+
+    def _read(self, tail: Tail) -> None:
+        self._stored = Rectangle(tail.keys, tail.values, tail.side)
+        self.keys, self.values, self.side = self._stored.keys, self._stored.values, dict(self._stored.side)
+
+    def _replaced(self) -> None:
+        """The entries lie in storage of their own, in which slots stand for others than before."""
+        self._tail, self.moved, self.reordered = None, True, True
 
     def insert(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Entries that are back: keys, values `(B, heads, r, ...)` of tokens at `positions (B, heads, r)`; other side arrays get zeros.
@@ -94,7 +162,7 @@ class Slots:
             pick_rows(torch.cat([old, more], 2), order) for old, more in ((stored.keys, keys), (stored.values, values))
         )
         self._stored = Rectangle(self.keys, self.values, self.side, None if valid is None else torch.gather(valid, 2, order))
-        self.moved = self.reordered = True
+        self._replaced()
 
     def rewrite(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         """Replace the stored keys, or values, or both by others of the same shape (merged, or turned to other positions)."""
@@ -107,7 +175,7 @@ class Slots:
         self.keys = stored.keys if keys is None else keys
         self.values = stored.values if values is None else values
         self._stored = Rectangle(self.keys, self.values, stored.side, stored.valid)
-        self.moved = self.reordered = True
+        self._replaced()
 
     def seal(self, segment: Segment, n: int) -> None:
         """Replace the n oldest entries by an encoded segment that holds them."""
@@ -123,4 +191,4 @@ class Slots:
         self._stored = Rectangle(keys, values, self.side, None if left is None or bool(left.all()) else left)
         self.keys, self.values = keys, values
         self.sealed.append(segment)
-        self.moved = True
+        self._tail, self.moved = None, True

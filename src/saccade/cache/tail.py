@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.segment import Rectangle
+from saccade.cache.sliding import Sliding
 from saccade.parts.growing import Growing
 
 
@@ -90,6 +91,19 @@ class Tail:
                     full[b, :, slice(None) if self.real is None else self.real[b]] = row[name][0]
             self._side[name] = Growing(full)
 
+    def drop(self, begin: int, count: int) -> None:
+        """Drop the entries begin ... begin + count - 1 of every head, where they lie: those before them are moved, if there is room, and
+        no others. Not for a tail with padding."""
+        if self._real is not None:
+            raise ValueError("entries can't be dropped by slot where rows are padded: open one row at a time")
+        self._keys, self._values = _sliding(self._keys), _sliding(self._values)
+        side = {name: _sliding(x) for name, x in self._side.items()}
+        for x in (self._keys, self._values, *side.values()):
+            x.drop(begin, count)
+        self._side = {**side}
+        # what follows the gap still runs on
+        self.fresh = min(self.fresh, self.n - begin)
+
     def truncate(self, n: int) -> None:
         for x in (self._keys, self._values, *self._side.values(), *([] if self._real is None else [self._real])):
             x.truncate(n)
@@ -109,3 +123,7 @@ class Tail:
     @property
     def side_bytes(self) -> int:
         return sum(x.nbytes for x in self._side.values()) + (0 if self._real is None else self._real.nbytes)
+
+
+def _sliding(x: Growing) -> Sliding:
+    return x if isinstance(x, Sliding) else Sliding(x.view)

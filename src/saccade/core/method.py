@@ -172,8 +172,14 @@ class StoredKV(Protocol):
     def keep(self, indices: Tensor, counts: Tensor | None = None) -> None:
         """Keep only these slots, `indices (B, heads, m)` int64 ascending; `counts (B, heads)` when heads keep different numbers."""
 
+    def drop(self, begin: int, count: int) -> None:
+        """Drop the slots begin ... begin + count - 1 of every head, where heads hold equally many; cheap if `begin` is small."""
+
     def rewrite(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         """Replace the stored keys, or values, or both by others of the same shape (merged, or turned to other positions)."""
+
+    def write(self, begin: int, keys: Tensor | None = None, values: Tensor | None = None, side: dict[str, int] | None = None) -> None:
+        """The same for the slots from `begin` on that `keys` and `values` hold; side: numbers for these slots in side arrays."""
 
     def seal(self, segment: Any, n: int) -> None:
         """Replace the n oldest entries by an encoded segment."""

@@ -8,9 +8,7 @@ from torch import Tensor
 from saccade.core import StoredKV
 
 
-def best_slots(
-    scores: Tensor, count: int, *, sinks: int = 0, recent: int = 0, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def best_slots(scores: Tensor, count: int, *, sinks: int = 0, recent: int = 0, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The `count` best of n slots per row and head, ascending: indices `(B, H, count)` int64, and with `valid` how many
     of them each head has, `(B, H)`.
 
@@ -44,10 +42,25 @@ def keep_best(kv: StoredKV, scores: Tensor, count: int, *, sinks: int = 0, recen
     """
     if count >= kv.length:
         return
+    if kv.valid is None and sinks + recent >= count:
+        keep_ends(kv, min(sinks, count), count - min(sinks, count))
+        return
     if kv.heads != scores.shape[1]:
         exact = torch.promote_types(scores.dtype, torch.float32)
         scores = scores.to(exact).unflatten(1, (kv.heads, -1)).mean(2)
     kv.keep(*best_slots(scores, count, sinks=sinks, recent=recent, valid=kv.valid))
+
+
+def keep_ends(kv: StoredKV, sinks: int, recent: int) -> None:
+    """Keep the first `sinks` and last `recent` entries of every head of `kv`; nothing happens if all fit. See `StoredKV.drop`."""
+    gone = kv.length - sinks - recent
+    if gone <= 0:
+        return
+    if kv.valid is None:
+        kv.drop(sinks, gone)
+        return
+    scores = torch.zeros_like(kv.side["positions"], dtype=torch.float32)
+    kv.keep(*best_slots(scores, sinks + recent, sinks=sinks, recent=recent, valid=kv.valid))
 
 
 def token_places(kv: StoredKV, seen: int) -> Tensor | None:

@@ -17,14 +17,15 @@ Source: streaming-llm, arXiv 2309.17453.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from saccade.core import CachePolicy, Info, LayerContext, StoredKV, register
-from saccade.parts.keep import keep_best
+from saccade.parts.keep import keep_ends
+from saccade.parts.placed import placed
 from saccade.parts.rotary import turn
 
 TURNED = "turned"  # the side array: by how many positions a key has been moved
@@ -72,27 +73,24 @@ class StreamingLLM(CachePolicy):
         return length > self.sinks + self.window
 
     def compress(self, ctx: LayerContext, kv: StoredKV) -> None:
-        scores = torch.zeros_like(kv.side["positions"], dtype=torch.float32)
-        keep_best(kv, scores, self.sinks + self.window, sinks=self.sinks, recent=self.window)
+        keep_ends(kv, self.sinks, self.window)
         if self._turns and kv.length < ctx.seen:
             self._turn_sinks(ctx, kv)
 
     def _turn_sinks(self, ctx: LayerContext, kv: StoredKV) -> None:
         """Move the sinks up to the window."""
-        assert ctx.rotary is not None  # observe has refused models without
-        moved = kv.side.get(TURNED, torch.zeros_like(kv.side["positions"]))
-        sinks = slice(0, self.sinks)
-        original = kv.keys[:, :, sinks]
-        known = ctx.state.get("sinks")
-        if known is not None:
-            known = known[:, :, : original.shape[2]]
-            n = known.shape[2]
+        assert ctx.rotary is not None  # watch has refused models without
+        original, moved, known = kv.keys[:, :, : self.sinks], kv.side.get(TURNED), ctx.state.get("sinks")
+        if moved is None or known is None:
+            original = original.clone()
+        else:
+            n = min(known.shape[2], original.shape[2])
             # a sink that was taken back and written anew stands where it was written
-            fresh = (moved[:, :, :n] == 0).unsqueeze(-1)
-            original = torch.cat([torch.where(fresh, original[:, :, :n], known), original[:, :, n:]], dim=2)
-        ctx.state["sinks"] = original.clone()
+            first = torch.where((moved[:, :, :n] == 0).unsqueeze(-1), original[:, :, :n], known[:, :, :n])
+            original = first if n == original.shape[2] else torch.cat([first, original[:, :, n:]], dim=2)
+        ctx.state["sinks"] = original
         dropped = ctx.seen - kv.length
-        kv.rewrite(keys=torch.cat([turn(original, dropped, ctx.rotary), kv.keys[:, :, self.sinks :]], dim=2))
-        moved = moved.clone()
-        moved[:, :, sinks] = dropped
-        kv.side[TURNED] = moved
+        # nothing here is copied from the host, for which a GPU would wait
+        rotary = replace(ctx.rotary, inv_freq=placed(ctx.rotary.inv_freq, original.device, torch.float64))
+        shift = torch.full((), float(dropped), dtype=torch.float64, device=original.device)
+        kv.write(0, keys=turn(original, shift, rotary), side={TURNED: dropped})

@@ -23,7 +23,7 @@ from torch import Tensor
 from saccade.core import Budget, Calibrated, Decode, Info, LayerContext, Mass, Selection, Threshold, register
 from saccade.core.method import LayerPolicy
 from saccade.ops.estimate import Reduce, packed_products
-from saccade.ops.quant import affine_quantise, pack
+from saccade.ops.quant import quantise_rows
 from saccade.parts.columns import cut, extend
 from saccade.parts.dots import dots
 from saccade.parts.ends import force_ends
@@ -106,11 +106,10 @@ class DoubleSparsity(Decode, Calibrated):
 
     def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
         channels = self.chosen(ctx, k)
-        labels = k.gather(-1, channels.unsqueeze(1).expand(k.shape[0], -1, k.shape[2], -1))
         if self.bits is None:
-            return extend(ctx.state, labels=labels)
-        codes, step, lowest = affine_quantise(labels, self.bits)
-        return extend(ctx.state, labels=pack(codes, self.bits, check=False), ranges=torch.cat([step, lowest], dim=-1))
+            return extend(ctx.state, labels=k.gather(-1, channels.unsqueeze(1).expand(k.shape[0], -1, k.shape[2], -1)))
+        labels, ranges = quantise_rows(k, self.bits, columns=channels)
+        return extend(ctx.state, labels=labels, ranges=ranges)
 
     def rewind(self, ctx: LayerContext, n: int) -> int:
         return cut(ctx.state, n, "labels", "ranges")
@@ -121,8 +120,8 @@ class DoubleSparsity(Decode, Calibrated):
         With a reduction there is one row for each key head.
         """
         channels = self.chosen(ctx, q)
-        heads = channels.repeat_interleave(ctx.layout.query_heads // channels.shape[0], dim=0)
-        q = q.gather(-1, heads.expand(q.shape[0], -1, -1))
+        groups = ctx.layout.to_groups(q)
+        q = groups.gather(-1, channels.unsqueeze(1).expand(*groups.shape[:3], -1)).flatten(1, 2)
         labels = ctx.state["labels"].view
         if self.bits is None:
             return dots(q, labels, self.reduce)

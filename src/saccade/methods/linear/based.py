@@ -53,7 +53,7 @@ class Based(Mixer):
             return Softmax(window=self.window).build(shape)
         if self.part == "conv":
             return BaseConv(shape, self.conv)
-        return PolynomialAttention(shape, key_dim=self.features, scale=None)
+        return PolynomialAttention(shape, key_dim=self.features, scale=None, form="auto")
 
 
 class BaseConv(TokenMixer):

@@ -8,7 +8,7 @@ from saccade.core import Partial
 from saccade.ops.attend import cpu as gathering
 from saccade.ops.attend import dense
 from saccade.ops.attend.problem import Problem
-from saccade.ops.decode import single
+from saccade.ops.decode import masked, single
 from saccade.ops.decode.listed import Ends
 
 
@@ -22,4 +22,8 @@ def rectangle(problem: Problem) -> Partial:
     ends = Ends.of(s)
     if single.covers_all(s, ends):
         return dense.attend(replace(problem, selection=None))[1]
+    if masked.takes(problem, ends):
+        found = masked.attend(problem)
+        if found is not None:
+            return found
     return single.attend(problem, ends) if single.takes(problem, ends) else gathering.attend(problem)

@@ -50,6 +50,11 @@ class Listed(NamedTuple):
     def of(cls, s: Selection, batch: int, lists: int, ends: Ends) -> Listed:
         starts, tokens = _spread(s.starts, batch, lists), _spread(s.tokens, batch, lists)
         weight = None if s.log_weight is None else _spread(s.log_weight, batch, lists)
+        if 0 < starts.shape[-1] * s.block_k <= tokens.shape[-1]:
+            # a few tiles beside many single keys: single rows are copied in one go, two kinds side by side are not
+            tiles = (starts.unsqueeze(-1) + _count(s.block_k, starts.device)).flatten(-2)
+            weight = None if weight is None else F.pad(weight, (tiles.shape[-1], 0))
+            tokens, starts = torch.cat([tiles, tokens], dim=-1), starts[:, :0]
         gaps, last = None, s.n_k - s.block_k
         if ends.start > last or ends.token >= s.n_k:
             begin, starts = starts.unsqueeze(-1), starts.clamp(max=last)

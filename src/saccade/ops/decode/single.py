@@ -66,24 +66,20 @@ def _attend(problem: Problem, queries: Tensor, listed: Listed, exact: torch.dtyp
     if listed.weight is not None:
         logits[..., listed.singles_from :] += listed.weight.unsqueeze(1)
     if listed.gaps is not None:
-        logits = logits.masked_fill(listed.gaps.unsqueeze(1), -torch.inf)
+        logits.masked_fill_(listed.gaps.unsqueeze(1), -torch.inf)
     weights = torch.softmax(logits, dim=-1)
-    if listed.gaps is not None or listed.weight is not None:
-        # a head without any key is 0 by policy, where softmax over nothing gives nan
-        weights = weights.masked_fill(logits == -torch.inf, 0.0)
     lse = torch.logsumexp(logits, dim=-1) if problem.return_lse else None
     rows = listed.rows(problem.v, like=rows)
     if queries.shape[1] == 1:
         out = listed.weighted_sum(rows, weights.squeeze(1))
-        if out is not None:
+        if out is not None and (listed.weight is None or bool(torch.isfinite(out).all())):
             return Partial(out.unsqueeze(1), lse)
     v = listed.gather(rows, exact)  # into the buffer that held the keys
-    if listed.gaps is not None:
-        _blank(v, listed.gaps)
-    return Partial(torch.bmm(weights, v), lse)
-
-
-def _blank(v: Tensor, gaps: Tensor) -> None:
-    """Zero the rows that aren't listed: their weight is 0, but 0 times a nan or infinity standing there is nan."""
-    first = int(gaps.any(0).to(torch.uint8).argmax())  # mostly the last tile alone is short
-    v[:, first:].masked_fill_(gaps[:, first:].unsqueeze(-1), 0.0)
+    out = torch.bmm(weights, v)
+    if (listed.gaps is not None or listed.weight is not None) and not bool(torch.isfinite(out).all()):
+        # what isn't listed has weight 0, but 0 times a nan or infinity standing there is nan
+        if listed.gaps is not None:
+            v.masked_fill_(listed.gaps.unsqueeze(-1), 0.0)
+        # a head without any key is 0 by policy, where softmax over nothing gives nan
+        out = torch.bmm(weights.masked_fill(logits == -torch.inf, 0.0), v)
+    return Partial(out, lse)

@@ -23,16 +23,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.ops.gpu import require_triton, runs_on
 from saccade.ops.quant import reference
 from saccade.ops.quant.codebook import codebook, codebook_decode, codebook_encode, split_outliers
 from saccade.ops.quant.hadamard import hadamard
 
 BITS = (1, 2, 3, 4, 8)  # what caches offer; packing takes 1 to 8
+_WHOLE = (1, 2, 4, 8)  # of which no code lies across two bytes
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 __all__ = [
     "BITS", "Affine", "Symmetric", "affine_parameters", "affine_quantise", "codebook", "codebook_decode", "codebook_encode",
-    "dequantise", "encode", "hadamard", "pack", "pack_words", "packed_bytes", "split_outliers", "symmetric_dequantise",
-    "symmetric_quantise", "unpack", "unpack_words", "word_bytes",
+    "dequantise", "encode", "hadamard", "pack", "pack_words", "packed_bytes", "quantise_rows", "split_outliers",
+    "symmetric_dequantise", "symmetric_quantise", "unpack", "unpack_words", "word_bytes",
 ]  # fmt: skip
 
 
@@ -122,6 +125,43 @@ def affine_quantise(
     """
     scale, zero = affine_parameters(x, bits, dims, group=group, clip=clip, check=check)
     return Affine(encode(x, scale, zero, bits), scale, zero)
+
+
+def quantise_rows(
+    x: Tensor, bits: int, *, columns: Tensor | None = None, check: bool | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(packed, ranges) of rows x `(B, H, n, D)`: what `pack` and `affine_quantise` make of each row, in one kernel on a GPU.
+
+    columns: `(H, d)` int64, which columns of each head are taken, in this order; None takes all, d = D.
+    packed: uint8 `(B, H, n, packed_bytes(d, bits))`; ranges: `(B, H, n, 2)` in the dtype of x, the scale and the zero of each row.
+    impl: "auto", "torch" or "triton" (1, 2, 4 and 8 bits, float32, float16 and bfloat16, no gradients). The kernel gives the numbers
+    that the definition gives on a CPU; not a number becomes code 0. Errors as in `affine_quantise`, and for columns that don't fit.
+    """
+    _check_bits(bits, range(1, 9))
+    if x.ndim != 4 or not x.is_floating_point() or (columns is None and not x.shape[-1]):
+        raise ValueError(f"quantise_rows takes floating-point rows (batch, heads, n, channels), not {x.dtype} {tuple(x.shape)}")
+    fit = columns is None or (columns.ndim == 2 and columns.shape[0] == x.shape[1] and columns.shape[1] > 0 and columns.dtype == torch.int64)
+    if columns is not None and not fit:
+        raise ValueError(f"columns {columns.dtype} {tuple(columns.shape)} do not fit {x.shape[1]} heads: expected int64 ({x.shape[1]}, d)")
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl {impl!r} is not one of auto, torch, triton")
+    fits = bits in _WHOLE and x.dtype in _NARROW and not (torch.is_grad_enabled() and x.requires_grad)
+    if impl == "triton":
+        require_triton("quantise_rows", x)
+        if not fits:
+            raise ValueError(
+                'quantise_rows: impl "triton" takes 1, 2, 4 and 8 bits, float32, float16 and bfloat16 and no gradients; use impl "auto"'
+            )
+    if impl == "triton" or (impl == "auto" and fits and runs_on(x) and not torch.compiler.is_compiling()):
+        from saccade.ops.quant.triton import quantise_rows as fused
+
+        packed, ranges = fused(x, bits, columns)
+        _check_finite(check, ranges)
+        return packed, ranges
+    if columns is not None:
+        x = x.gather(-1, columns.unsqueeze(1).expand(x.shape[0], -1, x.shape[2], -1))
+    codes, scale, zero = affine_quantise(x, bits, check=check)
+    return pack(codes, bits, check=False), torch.cat([scale, zero], dim=-1)
 
 
 def symmetric_quantise(
