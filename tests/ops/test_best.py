@@ -89,11 +89,13 @@ def test_in_registers(kind: str, count: int) -> None:
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs Triton")
-@pytest.mark.parametrize("kind", ["normal", "one value"])
+@pytest.mark.parametrize("kind", ["normal", "one value", "nan"])
 def test_a_long_row(kind: str) -> None:
     from saccade.ops.estimate.triton.best import Sizes, launch
 
-    x = rows(kind, 1, 500)
+    x = rows("normal" if kind == "nan" else kind, 1, 500)
+    if kind == "nan":
+        x[:, 5] = torch.nan
     assert torch.equal(launch(x, 70, Sizes(short=128, sample=64, block=256, listed=256)), sorted_ids(x, 70))
 
 
@@ -108,6 +110,52 @@ def test_long_rows(kind: str, n: int, count: int) -> None:
     small = Sizes(short=128, sample=64, block=256, listed=512)
     x = rows(kind, 2, n)
     assert torch.equal(launch(x, count, small), sorted_ids(x, count))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("kind", ["one value", "masked", "nans"])
+def test_many_entries_on_the_edge(kind: str) -> None:
+    """More of them than a list holds."""
+    from saccade.ops.estimate.triton import best
+
+    x = rows("normal", 2, 400)
+    if kind == "one value":
+        x[0] = -0.0
+        x[0, 5] = 0.0
+    elif kind == "masked":
+        x[:, 20:] = -torch.inf
+    else:
+        x[:, 3:360:2] = torch.nan
+    sizes = best.Sizes(short=128, sample=64, block=256, listed=64, parts=2)
+    assert torch.equal(best.launch(x, 200, sizes), sorted_ids(x, 200))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize(
+    ("left", "right", "dtype"), [(0, 3, torch.float32), (1, 0, torch.float32), (7, 1, torch.float32), (2, 5, torch.float16)]
+)
+def test_rows_that_lie_in_longer_rows(left: int, right: int, dtype: torch.dtype) -> None:
+    """A nan around a row would be chosen before all else."""
+    from saccade.ops.estimate.triton.best import Sizes, launch
+
+    x = rows("normal", 2, 301).to(dtype)
+    whole = torch.full((2, left + 301 + right), torch.nan, dtype=dtype, device=DEVICE)
+    view = whole[:, left : left + 301]
+    view.copy_(x)
+    want = sorted_ids(x, 33)
+    assert torch.equal(launch(view, 33), want)
+    assert torch.equal(launch(view, 33, Sizes(short=128, sample=64, block=128, listed=256)), want)
+    assert torch.equal(best_ids(view.view(2, 1, -1), 33, impl="triton"), want.view(2, 1, -1))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("layout", ["transposed", "one row", "every other"])
+def test_rows_of_any_layout(layout: str) -> None:
+    from saccade.ops.estimate.triton.best import launch
+
+    x = rows("normal", 4, 50)
+    view = {"transposed": x.t().contiguous().t(), "one row": x[:1].expand(4, -1), "every other": rows("normal", 4, 99)[:, ::2]}[layout]
+    assert torch.equal(launch(view, 7), sorted_ids(view, 7))
 
 
 @pytest.mark.gpu

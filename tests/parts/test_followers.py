@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,3 +43,8 @@ def test_rows_that_were_taken_back_are_replaced_and_old_ones_go() -> None:
     kept.append(x[:, :, :3], 1000)  # a gap: nothing before it is known
     assert (kept.begin, kept.end) == (1000, 1003)
     assert torch.equal(kept_rows(kept.reorder(torch.tensor([1])), 1000, 1003), x[1:, :, :3])
+
+
+def test_without_any_row_it_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"before place 20 was seen.*run the prompt through the model while the method is attached"):
+        RecentRows(50).mean_after(5, 20, 8)

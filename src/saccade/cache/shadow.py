@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from saccade.cache.stores import held, take
 from saccade.core import Partial, Rotary, merge
 from saccade.ops.decode import decode_low_rank
 from saccade.parts.rotary import turn
+from saccade.parts.rows import pick_rows
 
 _TENSORS = ("factors", "basis", "landmarks", "chunks", "exact_chunks", "exact_keys", "exact_values", "positions")
 
@@ -90,9 +92,7 @@ class ShadowSegment(Segment):
         side = {"positions": c.positions[:, :, begin:end].expand(*keys.shape[:2], -1)}
         return Rectangle(keys[:, :, :-1], c.values.read(begin, end), side)
 
-    def attend_chosen(
-        self, q: Tensor, picked: Tensor, recent: RecentUnits, *, scale: float, softcap: float | None
-    ) -> Partial:
+    def attend_chosen(self, q: Tensor, picked: Tensor, recent: RecentUnits, *, scale: float, softcap: float | None) -> Partial:
         """Attention of q `(B, Hq, 1, D)` over the exact chunks and those of the landmarks `picked (B, Hk, m)` int64.
 
         Values that `recent` does not hold are fetched while keys are rebuilt and the exact chunks are read.
@@ -106,14 +106,13 @@ class ShadowSegment(Segment):
 
         fetched = recent.begin(chunks, load)
         tokens = self.tokens(chunks)
-        index = tokens.unsqueeze(-1).expand(-1, -1, -1, c.factors.shape[-1])
-        factors = c.factors.expand(-1, tokens.shape[1], -1, -1).gather(2, index)
+        factors = pick_rows(c.factors, tokens.flatten(1).unsqueeze(1)).unflatten(2, tokens.shape[1:]).squeeze(1)
         parts = [] if not c.exact_chunks.shape[-1] else [attend_rectangle(q, c.exact_keys, c.exact_values, scale=scale, softcap=softcap)]
         values = fetched()[0].flatten(2, 3)
         rows = []
         for b in range(q.shape[0]):
             mine = slice(b, b + 1)
-            turning = {} if c.rotary is None else {"rotary": c.rotary, "positions": tokens[mine] + c.begin}
+            turning = {} if c.rotary is None else _turning(c, chunks[mine], tokens[mine])
             rows.append(decode_low_rank(
                 q[mine], factors[mine], c.basis[b], values[mine], scale=scale, softcap=softcap, return_lse=True, **turning
             ))  # fmt: skip
@@ -140,3 +139,21 @@ class ShadowSegment(Segment):
         new = new.before(position) if not left else new
         new.row = self.row
         return new
+
+
+def _turning(c: ShadowContent, chunks: Tensor, tokens: Tensor) -> dict[str, Any]:
+    """How `decode_low_rank` turns the keys of these chunks `(B, Hk, m)`, whose tokens are `(B, Hk, m chunk)`.
+
+    Its kernel works angles out on its own. On a CPU sines cost more than the keys they turn: there the angles of a chunk's first token
+    and of a place inside a chunk are added, so that few sines are needed.
+    """
+    assert c.rotary is not None
+    if tokens.is_cuda or c.rotary.interleaved:  # tables are those of channels i and i + pairs
+        return {"rotary": c.rotary, "positions": tokens + c.begin}
+    steps = c.rotary.inv_freq.double()
+    first = (chunks * c.chunk + c.begin).double().unsqueeze(-1) * steps
+    inside = torch.arange(c.chunk, dtype=torch.float64).unsqueeze(-1) * steps
+    exact = torch.promote_types(c.factors.dtype, torch.float32)
+    (cos_a, sin_a), (cos_j, sin_j) = ((x.cos().to(exact), x.sin().to(exact)) for x in (first.unsqueeze(-2), inside))
+    cos, sin = cos_a * cos_j - sin_a * sin_j, sin_a * cos_j + cos_a * sin_j
+    return {"rotary": (cos.flatten(2, 3), sin.flatten(2, 3))}

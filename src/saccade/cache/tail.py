@@ -20,7 +20,7 @@ class Tail:
 
     def __init__(self, content: Rectangle, real: Tensor | None = None) -> None:
         self._keys, self._values = Growing(content.keys), Growing(content.values)
-        self._side = {name: Growing(x) for name, x in content.side.items()}
+        self._side: dict[str, Growing] = {name: Growing(x) for name, x in content.side.items()}
         self._real = None if real is None else Growing(real.unsqueeze(1))
         self.fresh = 0  # entries appended since the last keep: their positions run on without gaps
 
@@ -100,7 +100,7 @@ class Tail:
         side = {name: _sliding(x) for name, x in self._side.items()}
         for x in (self._keys, self._values, *side.values()):
             x.drop(begin, count)
-        self._side = {**side}
+        self._side.update(side)
         # what follows the gap still runs on
         self.fresh = min(self.fresh, self.n - begin)
 

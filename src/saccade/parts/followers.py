@@ -44,8 +44,15 @@ class RecentRows:
         return self.rows.view[:, :, begin - self.begin : end - self.begin]
 
     def mean_after(self, begin: int, end: int, reach: int) -> Tensor:
-        """For each place p from begin to end - 1 the mean of the kept rows p + 1 ... p + reach - 1, `(B, H, m, D)`; 0 where none is."""
-        assert self.rows is not None
+        """For each place p from begin to end - 1 the mean of the kept rows p + 1 ... p + reach - 1, `(B, H, m, D)`; 0 where none is.
+
+        Raises ValueError where no row was kept.
+        """
+        if self.rows is None:
+            raise ValueError(
+                f"no query of the tokens before place {end} was seen, as in a cache that was filled elsewhere: run the prompt through the "
+                "model while the method is attached"
+            )
         first, last = (min(max(place - self.begin, 0), self.rows.n) for place in (begin + 1, end + reach - 1))
         sums = torch.nn.functional.pad(self.rows.view[:, :, first:last].to(torch.float64).cumsum(2), (0, 0, 1, 0))
         places = torch.arange(begin, end, device=sums.device) - self.begin - first

@@ -15,7 +15,8 @@ from tests.methods.decode.stack import dense, over, worst
 from torch import Tensor
 
 import saccade
-from saccade.cache.shadow import ShadowSegment
+from saccade.cache.shadow import ShadowSegment, _turning
+from saccade.core import Rotary
 from saccade.evaluate.decoding import Outcome, run_sample
 from saccade.evaluate.lineups import CACHE, filled
 from saccade.evaluate.prompts import Codec, prompt_of
@@ -112,6 +113,23 @@ def test_a_step_reads_landmarks_outliers_and_the_end_in_one_softmax() -> None:
     assert torch.equal(mask.sum(-1), torch.full((2, 6), 40 + 24 + 19))
     assert worst(method.attend(ctx, q, slots.keys, slots.values), over((q, k, v), mask)) < 1e-6
     assert sum(pairs) == 83
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rebuilt_keys_are_turned_to_far_places(interleaved: bool) -> None:
+    _, k, v = rotated(2, 6, 2, 203)
+    _, _, segment = sealed(ShadowKV(rank=64, budget=40, outliers=3, local=2), k[:, :, -1:].repeat(1, 3, 1, 1), k, v)
+    content = replace(segment.content, begin=1_000_003, rotary=Rotary(ROTARY.inv_freq, interleaved))
+    chunks = content.chunks[:, :, 2:6]
+    tokens = segment.tokens(chunks)
+    given = _turning(content, chunks, tokens)
+    if interleaved:
+        assert given["rotary"] is content.rotary and torch.equal(given["positions"], tokens + 1_000_003)
+        return
+    # a float32 angle of that size is off by more than a hundredth
+    angles = (tokens + 1_000_003).double().unsqueeze(-1) * ROTARY.inv_freq.double()
+    for got, want in zip(given["rotary"], (angles.cos(), angles.sin()), strict=True):
+        assert got.shape == want.shape and float((got - want).abs().max()) < 1e-6
 
 
 def test_landmarks_are_means_and_the_group_takes_the_highest_share() -> None:

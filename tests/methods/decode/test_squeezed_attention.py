@@ -11,6 +11,7 @@ from torch import Tensor
 
 import saccade
 from saccade.core import LayerContext, Selection
+from saccade.methods.decode import squeezed_attention
 from saccade.methods.decode.squeezed_attention import SqueezedAttention
 from saccade.ops import decode
 from saccade.parts import shares
@@ -157,6 +158,24 @@ def test_layers_share_one_threshold_measured_by_the_prompts_last_queries() -> No
         kept.append(share)
     assert abs(sum(kept) / 3 - 0.25) < 0.02, "over all layers the budget passes"
     assert max(kept) - min(kept) > 0.1, "layers differ"
+
+
+def test_a_step_works_the_threshold_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, sequence = SqueezedAttention(clusters=0.2, window=20), {}
+    layers = []
+    for layer in range(3):
+        q, k, _ = tensors(1, 4, 2, 200, 16, seed=layer)
+        layers.append((ready(method, q, k, layer=layer, sequence=sequence), q, k))
+    for ctx, q, k in layers:
+        assert method.select(ctx, q, k, k).density() == 1
+    calls = []
+    monkeypatch.setattr(squeezed_attention, "share_quantile", lambda *given: calls.append(given) or share_quantile(*given))
+    for _ in range(2):
+        shared: dict[str, Any] = {}
+        for ctx, q, k in layers:
+            ctx.shared, more = shared, torch.cat([k, k[:, :, :1]], dim=2)
+            assert method.select(ctx, q, more, more).density() < 1
+    assert [len(measured) for measured, _ in calls] == [3, 3]
 
 
 def test_queries_of_tokens_taken_back_do_not_count() -> None:

@@ -26,6 +26,7 @@ from saccade.parts.columns import cut, extend
 from saccade.parts.dots import dots
 from saccade.parts.heads import read_union
 from saccade.parts.pick import pick_best
+from saccade.parts.placed import placed
 from saccade.parts.rotary import turn
 
 ROWS = 4096  # keys encoded at a time: bounds their float32 copies
@@ -108,7 +109,7 @@ class A2ATS(Decode, Calibrated):
 
     def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
         rotary, exact = self._rotary(ctx), torch.promote_types(k.dtype, torch.float32)
-        factor, codebook = (ctx.found(name).to(k.device, exact) for name in ("factor", "codebook"))
+        factor, codebook = (placed(ctx.found(name), k.device, exact) for name in ("factor", "codebook"))
         codebook = codebook.expand(k.shape[0], -1, -1, -1).flatten(0, 1)
         codes = []
         for begin, piece in zip(range(start, start + k.shape[2], ROWS), k.split(ROWS, dim=2), strict=True):
@@ -123,7 +124,7 @@ class A2ATS(Decode, Calibrated):
         """Approximate logits of q `(B, Hq, 1, D)`, as if every key were `distance` away: `(B, Hq, n)`."""
         exact = torch.promote_types(q.dtype, torch.float32)
         far = turn(q.to(exact), self.distance - (ctx.seen - 1), self._rotary(ctx)).squeeze(2)
-        lookup = ctx.found("lookup").to(q.device, exact).expand(q.shape[0], -1, -1, -1)
+        lookup = placed(ctx.found("lookup"), q.device, exact).expand(q.shape[0], -1, -1, -1)
         table = ctx.layout.to_groups(dots(far, lookup) * ctx.scale)
         codes = ctx.state["codes"].view.long().unsqueeze(2)
         return table.gather(-1, codes.expand(-1, -1, table.shape[2], -1)).flatten(1, 2)

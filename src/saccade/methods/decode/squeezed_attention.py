@@ -143,7 +143,8 @@ class SqueezedAttention(Decode, Prefill):
         chosen = self._choose(ctx, q, n - 1 - prefix - self.window) if prefix else None
         if chosen is None:
             return Selection.full(q.shape[2], n, block_q=1, block_k=n, device=q.device)
-        ids = hits(chosen.gather(-1, ctx.state["labels"].repeat_interleave(ctx.layout.group, dim=1)))
+        labels = ctx.state["labels"].unsqueeze(2).expand(-1, -1, ctx.layout.group, -1)  # of a key head, for its query heads
+        ids = hits(ctx.layout.to_groups(chosen).gather(-1, labels).flatten(1, 2))
         return read_with_tail(ids.masked_fill(ids >= prefix, n), prefix, n)
 
     def _choose(self, ctx: LayerContext, q: Tensor, step: int) -> Tensor | None:
@@ -173,8 +174,13 @@ class SqueezedAttention(Decode, Prefill):
             shares = self._shares(ctx, queries, level, survivors)
             ctx.sequence[self._name(level, ctx)] = share_histogram(shares, ctx.state[f"{level}_counts"])
             return None
-        measured = [x for name, x in ctx.sequence.items() if name.startswith(f"squeezed {level} ")]
-        return share_quantile(measured, self.coarse_budget if coarse else self.budget).view(-1, 1, 1, 1)
+        # what was measured is the same for all layers of a step
+        found = ctx.shared.get(f"squeezed {level}")
+        if found is None:
+            measured = [x for name, x in ctx.sequence.items() if name.startswith(f"squeezed {level} ")]
+            found = share_quantile(measured, self.coarse_budget if coarse else self.budget).view(-1, 1, 1, 1)
+            ctx.shared[f"squeezed {level}"] = found
+        return found
 
     def _survivors(self, ctx: LayerContext, q: Tensor, limit: Tensor) -> Tensor:
         """Fine clusters whose coarse cluster passes, bool `(B, Hq, N, c)`."""

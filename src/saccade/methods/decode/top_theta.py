@@ -29,6 +29,7 @@ from saccade.core import Calibrated, Decode, Info, LayerContext, Prefill, Select
 from saccade.parts.columns import cut, extend
 from saccade.parts.compensated import Kept, above, kept_before, nearest_entry
 from saccade.parts.lists import hits
+from saccade.parts.placed import placed
 from saccade.parts.shares import centroid_logits
 
 ROWS = 64  # rows of a prompt whose logits are held at a time
@@ -130,14 +131,15 @@ class TopTheta(Decode, Prefill, Calibrated):
 
     def _keep(self, ctx: LayerContext, logits: Tensor, lengths: Tensor) -> Kept:
         """What rows of these lengths `(N,)` keep of their logits `(B, Hq, N, n)`, and with which weights."""
-        best, known = self.kept_in(ctx.layer), ctx.found("lengths").to(logits.device)
+        best, known = self.kept_in(ctx.layer), placed(ctx.found("lengths"), logits.device)
         short = (lengths <= best).unsqueeze(-1)
         if not known.numel():
             if not bool(short.all()):
                 raise ValueError(f"this top-theta plan saw no sequence longer than k={best}: calibrate on longer ones")
             known = known.new_zeros(1)
         places = nearest_entry(known, lengths)
-        theta, residual = (F.pad(ctx.found(name).to(logits), (0, 1))[:, places].unsqueeze(-1) for name in ("theta", "residual"))
+        plan = (placed(ctx.found(name), logits.device, logits.dtype) for name in ("theta", "residual"))
+        theta, residual = (F.pad(x, (0, 1))[:, places].unsqueeze(-1) for x in plan)
         cap = best if self.cap else None
         if self.scores == "post":
             weights = logits.softmax(-1)

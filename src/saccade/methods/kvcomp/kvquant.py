@@ -30,12 +30,14 @@ from saccade.cache.parted import PartedSegment
 from saccade.cache.stores import PlainStore, Store
 from saccade.core import CachePolicy, Info, LayerContext, Rotary, StoredKV, register
 from saccade.ops.quant import codebook, codebook_decode, codebook_encode, split_outliers
+from saccade.parts.placed import placed
 from saccade.parts.rotary import turn
 from saccade.parts.saliency import hashed
 from saccade.parts.static.gradient import GradientCalibrated
 from saccade.parts.static.keepset import PLACE, note_places
 
 RAW = 16  # "not quantised"
+_PLANNED = ("key_low", "key_high", "key_levels", "key_restored", "value_levels", "value_restored")
 WIDTHS = (2, 3, 4, 8)
 
 
@@ -166,7 +168,7 @@ class KVQuant(CachePolicy, GradientCalibrated):
 
     def _encode(self, ctx: LayerContext, keys: Tensor, values: Tensor) -> tuple[Store, Store]:
         """keys before RoPE and values `(B, H, n, ...)`."""
-        found = {name: ctx.found(name).to(keys.device) for name in ("key_low", "key_high", "key_levels", "key_restored")}
+        found = {name: placed(ctx.found(name), keys.device) for name in _PLANNED}
         low, high = (found[name].to(keys.dtype).unsqueeze(1) for name in ("key_low", "key_high"))
         middle, half = (high + low) / 2, (high - low) / 2
         outside = (keys < low) | (keys > high)
@@ -180,8 +182,8 @@ class KVQuant(CachePolicy, GradientCalibrated):
         apart = torch.zeros_like(flat, dtype=torch.bool).scatter(2, listed.long(), True).unflatten(2, (values.shape[1], -1)).transpose(1, 2)
         size = (*values.shape[:3], 1)
         middle, half = (x[:, None, :, None].expand(size) for x in ((top + bottom) / 2, (top - bottom) / 2))
-        levels, restored = ctx.found("value_levels"), ctx.found("value_restored")
-        return key_store, CodebookStore.encode(values, self.bits, levels, restored, middle, half, apart)
+        levels = found["value_levels"], found["value_restored"]
+        return key_store, CodebookStore.encode(values, self.bits, *levels, middle, half, apart)
 
 
 def _rotary(ctx: LayerContext) -> Rotary:

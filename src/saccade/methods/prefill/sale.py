@@ -24,6 +24,7 @@ from saccade.core.tilemath import row_tiles
 from saccade.ops.estimate import TileGrid, choose_threshold
 from saccade.parts.bisect import first_within, halvings
 from saccade.parts.lists import run_tiles
+from saccade.parts.placed import placed
 from saccade.parts.rounded import rounded_maxima
 
 CANDIDATES = halvings(0.008, 1e-4)  # thresholds that the calibration tries
@@ -96,7 +97,7 @@ class SALE(Prefill, Calibrated):
         """Threshold of each query head, float64 `(Hq,)`."""
         if ctx.plan is None:
             return torch.full((q.shape[1],), float(self.tau), dtype=torch.float64, device=q.device)
-        taus = ctx.found("tau").to(q.device, torch.float64)
+        taus = placed(ctx.found("tau"), q.device, torch.float64)
         if taus.shape != (q.shape[1],):
             raise ValueError(f"this sale plan is for {taus.shape[0]} heads, layer {ctx.layer} has {q.shape[1]}: calibrate this model")
         return taus

@@ -25,6 +25,7 @@ from saccade.ops.estimate import TileGrid, block_statistics, choose_top_k
 from saccade.ops.estimate.reference import products
 from saccade.parts.bisect import bisect
 from saccade.parts.crossing import count_within
+from saccade.parts.placed import placed
 
 STEPS = 6  # of each bisection of the tuner: top_p to 1 / 64
 WIDEST_SKIP = 64.0  # 2^-64 of a row's sum is nothing in float32
@@ -114,7 +115,7 @@ class SpargeAttention(Prefill, Calibrated):
         if ctx.plan is None:
             one = torch.ones(q.shape[1], dtype=torch.float64, device=q.device)
             return None if self.top_p is None else self.top_p * one, self.theta * one
-        top_p, theta = (ctx.found(name).to(q.device, torch.float64) for name in ("top_p", "theta"))
+        top_p, theta = (placed(ctx.found(name), q.device, torch.float64) for name in ("top_p", "theta"))
         if top_p.shape != (q.shape[1],):
             raise ValueError(f"this spargeattn plan is for {len(top_p)} heads, layer {ctx.layer} has {q.shape[1]}: calibrate this model")
         return top_p, theta

@@ -10,7 +10,7 @@ from saccade.ops.attend.problem import Problem
 from saccade.ops.decode.listed import Ends, Listed
 
 RAGGED = 0.75  # below this filling of the padded lists, padding costs more than running the heads one by one
-CHUNK = 4 << 20  # bytes of keys gathered at a time, unless one list has more: they are read again while still in cache
+CHUNK = 4 << 20  # bytes of keys gathered at a time, but a list for each thread at least: they are read again while still in cache
 
 
 def covers_all(s: Selection, ends: Ends) -> bool:
@@ -44,7 +44,8 @@ def attend(problem: Problem, ends: Ends) -> Partial:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries = q.reshape(batch * lists, heads // lists, dim).to(exact)
     listed = Listed.of(s, batch, lists, ends)
-    step = max(1, CHUNK // (listed.length * dim * exact.itemsize))
+    # sums of rows by weight are spread over threads list by list
+    step = max(torch.get_num_threads(), CHUNK // (listed.length * dim * exact.itemsize))
     if step >= batch * lists:
         out, lse = _attend(problem, queries, listed, exact)
     else:

@@ -140,8 +140,8 @@ def quantise_rows(
     _check_bits(bits, range(1, 9))
     if x.ndim != 4 or not x.is_floating_point() or (columns is None and not x.shape[-1]):
         raise ValueError(f"quantise_rows takes floating-point rows (batch, heads, n, channels), not {x.dtype} {tuple(x.shape)}")
-    fit = columns is None or (columns.ndim == 2 and columns.shape[0] == x.shape[1] and columns.shape[1] > 0 and columns.dtype == torch.int64)
-    if columns is not None and not fit:
+    given = None if columns is None else (columns.ndim, columns.dtype, *columns.shape[:1])
+    if columns is not None and (given != (2, torch.int64, x.shape[1]) or not columns.shape[1]):
         raise ValueError(f"columns {columns.dtype} {tuple(columns.shape)} do not fit {x.shape[1]} heads: expected int64 ({x.shape[1]}, d)")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl {impl!r} is not one of auto, torch, triton")

@@ -52,7 +52,7 @@ def _quantise_rows(
     PICKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = 8 // BITS
-    MOST: tl.constexpr = (1 << BITS) - 1
+    MOST: tl.constexpr = 2**BITS - 1
     pid = tl.program_id(1).to(tl.int64)
     r, c, byte = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH * PER), tl.arange(0, WIDTH)
     at = c.to(tl.int64)
@@ -78,7 +78,8 @@ def _quantise_rows(
     code = tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), MOST), 0.0)
     # adding and taking away 1.5 * 2^23 leaves the nearest whole number, the even one of two
     code = (code + 12582912.0) - 12582912.0
-    whole = tl.where(inside & (step != 0)[:, None], code, 0.0).to(tl.int32)
+    # where the step is 0 no value is as much as half away from the lowest: code 0, without asking
+    whole = tl.where(inside, code, 0.0).to(tl.int32)
     lanes = tl.reshape(whole << ((c % PER) * BITS)[None, :], (ROWS, WIDTH, PER))
     packed = tl.sum(lanes, axis=2)
     line = pid * n + r
