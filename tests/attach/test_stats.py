@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import saccade
+from saccade.attach import stats
 from saccade.attach.stats import computed_pairs
 from saccade.core import HeadLayout, Info, LayerContext, Prefill, Selection, merge
 from saccade.core.plan import Plan
@@ -110,3 +112,21 @@ def test_a_method_inside_another_gets_its_own_plan() -> None:
     inner = outer.inside("inner")
     assert inner.plan is not None and inner.plan.slug == "inner" and inner.state is outer.state
     assert outer.inside("dense").plan is None and replace(outer).plan is outer.plan
+
+
+def test_steps_that_are_not_waited_for_are_counted_later_and_hold_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where every list would stay there until somebody asks."""
+    found = {}
+    for waits in (False, True):
+        monkeypatch.setattr(stats, "_waits", lambda selection, waits=waits: waits)
+        pairs, lists = stats.PairCount(), []
+        for step in range(stats.WAITING + 3):
+            tokens = torch.arange(0, 2 * (step % 40 + 1), 2).expand(2, 3, 1, -1)
+            selection = Selection.from_parts(n_q=1, n_k=100, block_q=1, tokens=tokens)
+            lists.append(weakref.ref(selection.tokens))
+            pairs.add_call(0.5, 1, 100, selection, {})
+        del selection, tokens
+        assert len(pairs.waiting) == (3 if waits else 0) and not any(ref() is not None for ref in lists)
+        found[waits] = pairs.computed
+        assert not pairs.waiting
+    assert found[True] == found[False] == sum(0.5 * (step % 40 + 1) for step in range(stats.WAITING + 3))

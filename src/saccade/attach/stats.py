@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,38 @@ from saccade.core import Selection
 WAITING = 256  # single queries whose lists are counted together
 
 
+class Lengths(NamedTuple):
+    """How long the lists of a single query are: tiles of `block_k` keys, and single keys, for each row of the batch and head."""
+
+    tiles: Tensor
+    block_k: int
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, selection: Selection) -> Lengths:
+        return cls(selection.start_counts, selection.block_k, selection.token_counts)
+
+    def mean(self) -> Tensor:
+        """Keys in the lists, the mean over batch and heads: float64, on their device."""
+        return self.tiles.double().mean() * self.block_k + self.tokens.double().mean()
+
+
+def _waits(selection: Selection) -> bool:
+    """Whether asking for a value of it would hold the device up."""
+    return selection.device.type == "cuda"
+
+
 @dataclass
 class PairCount:
     """Score pairs computed and pairs dense attention would have computed, per head on average.
 
-    A step on a GPU is not held up for its count: what a single query read is looked up when somebody asks, or after many steps.
+    A step on a GPU is not held up for its count: what a single query read is looked up when somebody asks, or after many steps. Until
+    then the lengths of its lists are kept, and not the lists, which are as long as what was read.
     """
 
     known: float = 0.0
     visible: float = 0.0
-    waiting: list[tuple[float, Selection]] = field(default_factory=list, repr=False)
+    waiting: list[tuple[float, int, Lengths]] = field(default_factory=list, repr=False)  # share of the heads, keys there are, lengths
 
     def add(self, computed: float, visible: float) -> None:
         self.known += computed
@@ -31,17 +53,17 @@ class PairCount:
 
     def add_call(self, share: float, n_q: int, n_k: int, selection: Selection | None, options: Mapping[str, Any]) -> None:
         """Count one attention call (see `computed_pairs`), of this share of the batch and heads."""
-        if selection is None or n_q != 1 or selection.n_q != 1 or selection.device.type != "cuda" or _positions(options):
+        if selection is None or n_q != 1 or selection.n_q != 1 or not _waits(selection) or _positions(options):
             return self.add(share * computed_pairs(n_q, n_k, selection, options), 0.0)
-        self.waiting.append((share, selection))
+        self.waiting.append((share, selection.n_k, Lengths.of(selection)))
         if len(self.waiting) >= WAITING:
             self.settle()
 
     def settle(self) -> None:
         if self.waiting:
-            means = torch.stack([_listed(selection) for _, selection in self.waiting]).tolist()
-            for (share, selection), listed in zip(self.waiting, means, strict=True):
-                self.known += share * min(listed, float(selection.n_k))
+            means = torch.stack([lengths.mean() for *_, lengths in self.waiting]).tolist()
+            for (share, n_k, _), listed in zip(self.waiting, means, strict=True):
+                self.known += share * min(listed, float(n_k))
             self.waiting.clear()
 
     @property
@@ -119,12 +141,7 @@ def selected_pairs(selection: Selection) -> float:
     """Pairs a selection computes, the mean over batch and heads; a single query reads what is listed, counted without arithmetic."""
     if selection.n_q != 1:
         return float(selection.pairs().double().mean())
-    return min(float(_listed(selection)), float(selection.n_k))
-
-
-def _listed(selection: Selection) -> Tensor:
-    """Keys in the lists of a single query, the mean over batch and heads: float64, on the selection's device."""
-    return selection.start_counts.double().mean() * selection.block_k + selection.token_counts.double().mean()
+    return min(float(Lengths.of(selection).mean()), float(selection.n_k))
 
 
 def _positions(options: Mapping[str, Any]) -> bool:
@@ -137,7 +154,7 @@ def computed_pairs(n_q: int, n_k: int, selection: Selection | None, options: Map
     if not _positions(options) or not causal:
         if selection is not None:
             # with positions the option says what is causal, without them the selection does
-            return selected_pairs(selection if q_positions is None and k_positions is None else replace(selection, causal=False))
+            return selected_pairs(replace(selection, causal=False) if _positions(options) else selection)
         return n_q * n_k - n_q * (n_q - 1) / 2 if causal else float(n_q * n_k)
     like = q_positions if q_positions is not None else k_positions
     assert like is not None
