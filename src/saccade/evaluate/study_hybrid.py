@@ -105,7 +105,7 @@ def full_places(full: int, depth: int) -> set[int]:
 
 def contestants(mixers: Sequence[str], ratios: Sequence[str], depth: int) -> list[Contestant]:
     """All softmax first, then ratio by ratio all mixers. ValueError for unknown mixers and ratios, and where there are none."""
-    grid(mixers, ratios)  # type: ignore[arg-type]
+    grid(mixers, ratios)
     if not mixers or not ratios:
         raise ValueError("the study has no contestants: name at least one mixer and one ratio")
     shared: dict[int, list[str]] = {}

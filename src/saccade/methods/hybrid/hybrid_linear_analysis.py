@@ -137,13 +137,15 @@ class Cell:
         return inner if GENERATION[self.kind] == 1 else inner * shape.head_dim
 
 
-def grid(kinds: Sequence[Kind] = KINDS, patterns: Sequence[str] = PATTERNS) -> list[Cell]:
+def grid(kinds: Sequence[str] = KINDS, patterns: Sequence[str] = PATTERNS) -> list[Cell]:
     """Every mixer at every ratio, the mixers in the order of their generations. ValueError for unknown kinds and patterns."""
+    known: list[Kind] = []
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+        known.append(kind)
     for pattern in patterns:
         many, _, few = pattern.partition(":")
         if pattern != "pure" and not (many.isdecimal() and few == "1"):
             raise ValueError(f"pattern {pattern!r} is not 'pure' or a ratio to one full layer, such as '3:1'")
-    return [Cell(kind=kind, pattern=pattern) for kind in kinds for pattern in patterns]
+    return [Cell(kind=kind, pattern=pattern) for kind in known for pattern in patterns]

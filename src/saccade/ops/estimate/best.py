@@ -1,7 +1,7 @@
 """Scores of single tokens or pages for one query per head, and the best of them: what decoding methods choose with.
 
-row_products    l_hj = q_h.r_j, every stored row read once for the query heads that share it
-best_ids        the c highest of a row, ascending, ties to the lower index, with nothing sorted
+    row_products    l_hj = q_h.r_j, every stored row read once for the query heads that share it
+    best_ids        the c highest of a row, ascending, ties to the lower index, with nothing sorted
 """
 
 from __future__ import annotations
