@@ -114,8 +114,8 @@ def test_long_rows(kind: str, n: int, count: int) -> None:
 
 @pytest.mark.skipif(not has_triton(), reason="needs Triton")
 @pytest.mark.parametrize("kind", ["one value", "masked", "nans"])
-def test_many_entries_on_the_edge(kind: str) -> None:
-    """More of them than a list holds."""
+def test_many_entries_on_the_edge_take_no_list(kind: str) -> None:
+    """More of them than the list holds."""
     from saccade.ops.estimate.triton import best
 
     x = rows("normal", 2, 400)
@@ -126,7 +126,7 @@ def test_many_entries_on_the_edge(kind: str) -> None:
         x[:, 20:] = -torch.inf
     else:
         x[:, 3:360:2] = torch.nan
-    sizes = best.Sizes(short=128, sample=64, block=256, listed=64, parts=2)
+    sizes = best.Sizes(short=128, sample=64, block=256, noted=256, listed=64, parts=2)
     assert torch.equal(best.launch(x, 200, sizes), sorted_ids(x, 200))
 
 
@@ -144,7 +144,7 @@ def test_rows_that_lie_in_longer_rows(left: int, right: int, dtype: torch.dtype)
     view.copy_(x)
     want = sorted_ids(x, 33)
     assert torch.equal(launch(view, 33), want)
-    assert torch.equal(launch(view, 33, Sizes(short=128, sample=64, block=128, listed=256)), want)
+    assert torch.equal(launch(view, 33, Sizes(short=128, sample=64, block=128, noted=128, listed=256)), want)
     assert torch.equal(best_ids(view.view(2, 1, -1), 33, impl="triton"), want.view(2, 1, -1))
 
 
@@ -156,6 +156,18 @@ def test_rows_of_any_layout(layout: str) -> None:
     x = rows("normal", 4, 50)
     view = {"transposed": x.t().contiguous().t(), "one row": x[:1].expand(4, -1), "every other": rows("normal", 4, 99)[:, ::2]}[layout]
     assert torch.equal(launch(view, 7), sorted_ids(view, 7))
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs Triton")
+@pytest.mark.parametrize("begin", [0, 1, 3, 6])
+def test_groups_begin_at_16_bytes(begin: int) -> None:
+    from saccade.ops.estimate.triton.common import rows_in_groups
+
+    x = torch.arange(200, dtype=torch.float32, device=DEVICE)[begin : begin + 180].view(4, 45)[:, :40]
+    memory, stride, lead, group = rows_in_groups(x)
+    assert memory.data_ptr() % 16 == 0 and 0 <= lead < group == 4 and memory.data_ptr() + 4 * lead == x.data_ptr() and stride == 45
+    memory, stride, lead, group = rows_in_groups(x.t())
+    assert (memory.data_ptr() % 16, stride, lead, group) == (0, 4, 0, 4) and float(memory) == begin
 
 
 @pytest.mark.gpu

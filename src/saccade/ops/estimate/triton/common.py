@@ -39,6 +39,19 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
+def rows_in_groups(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(memory, stride, lead, group) of rows `(R, n)`, R at least 1: entry j of row i is entry `lead + i stride + j` of memory, which begins
+    at a multiple of 16 bytes; 16 bytes hold a group of entries. A kernel that reads the groups that hold a row leaves no page that the
+    row lies on. Copied only where neighbours in a row are none in memory, or storage itself begins between groups.
+    """
+    size = x.element_size()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    lead = x.data_ptr() % 16 // size
+    if x.storage_offset() < lead:
+        x, lead = x.clone(memory_format=torch.contiguous_format), 0
+    return x.as_strided((1,), (1,), x.storage_offset() - lead), x.stride(0), lead, 16 // size
+
+
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors to be multiplied with tl.dot. The interpreter holds bfloat16 as bits that it can't multiply: there they are float32."""
     if interpreting():
