@@ -95,12 +95,29 @@ def test_a_recorded_step_does_its_work_again_and_one_that_waits_is_not_recorded(
     x = torch.ones(64, device="cuda")
     torch.cuda.synchronize()
     again = recorded(lambda: x.add_(1))
-    assert again is not None and float(x[0]) == 1
+    assert again is not None and float(x[0]) == 2  # once before it is recorded
     again()
     again()
-    assert float(x[0]) == 3
+    assert float(x[0]) == 4
     assert recorded(lambda: float(x.sum())) is None
-    assert float(x.add_(1)[0]) == 4
+    assert float(x.add_(1)[0]) == 5
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_keeps_what_it_reads() -> None:
+    """A step that replaces its state: the old one is held for the graph, and its memory goes to nobody else."""
+    held = [torch.ones(1 << 20, device="cuda")]
+
+    def step() -> None:
+        held[0] = held[0] + 1
+
+    again = recorded(step)
+    assert again is not None
+    made = held[0]
+    held[0] = torch.zeros(1, device="cuda")
+    others = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(8)]
+    again()
+    assert float(made[0]) == 3 and float(made[-1]) == 3 and len(others) == 8
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -49,11 +50,13 @@ def take_turns(
 
     Every one has run before, taking about `once_ms`; each gets so many repeats, LEAST to MOST, as fit `budget_ms`. A GPU is timed
     with events, and its L2 cache is overwritten before each run. Where a contestant gives `ahead_ms` it is kept busy for so long: the
-    host has queued the run's launches by then, and what is timed is the GPU's work alone. A CPU is timed with perf_counter.
+    host has queued the run's launches by then, and what is timed is the GPU's work alone; every run then begins on an idle GPU, for
+    what is still queued would hide the host's part of the next one. A CPU is timed with perf_counter.
     """
     counts = {name: min(MOST, max(LEAST, int(budget_ms / max(once_ms[name], 1e-6)))) for name in runs}
     cuda = device.startswith("cuda")
     flush = torch.empty(FLUSH, dtype=torch.int8, device=device) if cuda else None
+    idle = any(ahead_ms.values())
     taken: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
     failed: dict[str, Exception] = {}
     for turn in range(max(counts.values(), default=0)):
@@ -61,6 +64,8 @@ def take_turns(
             if turn >= counts[name] or name in failed:
                 continue
             try:
+                if cuda and idle:
+                    torch.cuda.synchronize()
                 taken[name].append(_on_gpu(run, flush, ahead_ms.get(name, 0.0)) if flush is not None else _on_cpu(run))
             except Exception as error:  # the others go on
                 failed[name] = error
@@ -136,8 +141,12 @@ def environment(device: str) -> dict[str, object]:
 def recorded(run: Callable[[], object]) -> Callable[[], object] | None:
     """The GPU work of one run as a CUDA graph to be replayed, without anything the host does; None where it can't be recorded.
 
-    A run that asks the GPU for a value can't. One that keeps books on the host does so once, when it is recorded.
+    A run that asks the GPU for a value can't. One that keeps books on the host does so once, when it is recorded. What it reads is kept
+    as long as the graph: a run that replaces its state by a new one would leave the graph with memory that is given back.
     """
+    run()  # kernels are compiled, caches made
+    torch.cuda.synchronize()
+    read = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.is_cuda]
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -145,4 +154,8 @@ def recorded(run: Callable[[], object]) -> Callable[[], object] | None:
     except RuntimeError:  # the capture is given up, and the GPU goes on
         torch.cuda.synchronize()
         return None
-    return graph.replay
+
+    def replay(_read: list[torch.Tensor] = read) -> None:
+        graph.replay()
+
+    return replay

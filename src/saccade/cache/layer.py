@@ -160,14 +160,14 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.tail is not None
         m = key_states.shape[2]
-        (real, vision), (self._incoming, self._vision) = (self._incoming, self._vision), (None, None)
-        positions, placed, self._places = self.incoming(m, key_states.device), self._places, None
+        real, vision, placed = self._incoming, self._vision, self._places
+        self._incoming = self._vision = self._places = None
         missing = None if real is None else [(self.seen + (~row).nonzero().flatten()).tolist() for row in real]
         missing = missing if placed is None else placed[2]
         if missing is not None:
             self.states.split(key_states.shape[0])
             self._padding = [a + b for a, b in zip(self._padding or [[]] * len(missing), missing, strict=True)]
-        self.tail.append(key_states, value_states, positions.unsqueeze(1), real)
+        self.tail.append(key_states, value_states, self.seen if placed is None else (placed[0] + self.seen).unsqueeze(1), real)
         if placed is not None:
             self.seen, self.tail.fresh = self.seen + placed[1] - m, placed[3]
         if vision is not None:

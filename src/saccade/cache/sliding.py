@@ -37,12 +37,9 @@ class Sliding(Growing):
             at += piece.shape[2]
         self._buffer, self.begin, self.alone, self.n = buffer, 0, True, at
 
-    def append(self, new: Tensor) -> Tensor:
-        self._reserve(self.n + new.shape[2])
-        end = self.begin + self.n
-        self._buffer[:, :, end : end + new.shape[2]] = new
-        self.n += new.shape[2]
-        return self.view
+    def extend(self, m: int) -> tuple[Tensor, int]:
+        buffer, at = super().extend(m)
+        return buffer, self.begin + at
 
     def drop(self, begin: int, count: int) -> None:
         """Drop the entries begin ... begin + count - 1: in place, or, where the buffer is much too large, into one without room."""

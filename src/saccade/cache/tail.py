@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saccade.cache.segment import Rectangle
 from saccade.cache.sliding import Sliding
+from saccade.ops.append import append_rows, quick
 from saccade.parts.growing import Growing
 
 
@@ -45,20 +46,38 @@ class Tail:
         """`(B, n)` bool, False at padding; None when there is none."""
         return None if self._real is None else self._real.view[:, 0]
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor, real: Tensor | None) -> None:
-        """Add k, v `(B, H, m, ...)` at `positions (m,)` or `(B, 1, m)`; real `(B, m)` bool or None. Other side arrays get zeros."""
+    def append(self, k: Tensor, v: Tensor, positions: Tensor | int, real: Tensor | None) -> None:
+        """Add k, v `(B, H, m, ...)` at `positions (m,)` or `(B, 1, m)`, or from a position on, one after the other; real `(B, m)` bool or
+        None. Other side arrays get zeros."""
         batch, heads, m, _ = k.shape
         if real is not None and self._real is None:
             self._real = Growing(torch.ones(batch, 1, self.n, dtype=torch.bool, device=k.device))
         if self._real is not None:
             new = torch.ones(batch, m, dtype=torch.bool, device=k.device) if real is None else real
             self._real.append(new.unsqueeze(1))
+        self.fresh += m
+        if isinstance(positions, int) and self._append_run(k, v, positions):
+            return
+        if isinstance(positions, int):
+            positions = torch.arange(positions, positions + m, device=k.device, dtype=torch.int32)
         self._keys.append(k)
         self._values.append(v)
         for name, x in self._side.items():
             new = positions if name == "positions" else positions.new_zeros(m)
             x.append(new.to(x.view.dtype).expand(batch, heads, m))
-        self.fresh += m
+
+    def _append_run(self, k: Tensor, v: Tensor, first: int) -> bool:
+        """The same in one kernel, for few tokens on a GPU, where keys, values and positions lie alike; whether it was done."""
+        if self._side.keys() != {"positions"} or not quick(self.keys, [k, v]):
+            return False
+        places = self._side["positions"]
+        (keys, at), (values, other), (line, third) = (x.extend(k.shape[2]) for x in (self._keys, self._values, places))
+        if at == other == third and keys.shape[2] == values.shape[2] == line.shape[2]:
+            append_rows([keys, values], [k, v], at, line, first)
+            return True
+        for x in (self._keys, self._values, places):
+            x.truncate(x.n - k.shape[2])
+        return False
 
     def twin(self, room: int) -> Tail:
         """A second tail over the same storage that counts its entries by itself: what both append lands in the same places, as long as

@@ -42,10 +42,15 @@ class Growing:
 
     def append(self, new: Tensor) -> Tensor:
         """Add `(B, H, m, ...)` at the end; returns the whole content."""
-        self._reserve(self.n + new.shape[2])
-        self._buffer[:, :, self.n : self.n + new.shape[2]] = new
-        self.n += new.shape[2]
+        buffer, at = self.extend(new.shape[2])
+        buffer[:, :, at : at + new.shape[2]] = new
         return self.view
+
+    def extend(self, m: int) -> tuple[Tensor, int]:
+        """Count m entries more, which the caller writes: the buffer they belong in, contiguous, and where they begin."""
+        self._reserve(self.n + m)
+        self.n += m
+        return self._buffer, self.n - m
 
     def truncate(self, n: int) -> None:
         """Keep the first n entries."""

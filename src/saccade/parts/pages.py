@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ class PageBounds:
         `sum_d max(q_d m_d, q_d M_d)`: a positive q_d takes the channel's maximum M_d, a negative one its minimum
         m_d, so it is one product of [max(q, 0), min(q, 0)] with [M, m].
         """
-        return dots(torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1), self._content(), reduce)
+        least, most = _halves(q.device, q.dtype)
+        return dots(q.unsqueeze(-2).clamp(least, most).flatten(-2), self._content(), reduce)
 
     def truncate(self, n: int) -> int:
         """Forget what came after the first n tokens; returns how many are still covered: only whole pages stay."""
@@ -92,6 +95,14 @@ class PageBounds:
         if self._bounds is None:
             raise ValueError("these pages have no keys yet: append some before asking for bounds")
         return self._bounds.view
+
+
+@lru_cache(maxsize=16)
+def _halves(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bounds `(2, 1)` that keep what is positive, and what is negative: one kernel for both."""
+    with torch.inference_mode(False):
+        numbers = torch.tensor([[0.0, torch.inf], [-torch.inf, 0.0]], device=device, dtype=dtype)
+        return numbers[:, :1], numbers[:, 1:]
 
 
 def _range(paged: Tensor) -> Tensor:

@@ -230,12 +230,11 @@ def test_the_index_is_d_of_D_of_the_keys_and_the_cache_stays_whole(dims: float |
     assert stats.kv_bytes == plain.kv_bytes
 
 
-def test_coordinates_in_pieces_taken_back_and_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coordinates_in_pieces_taken_back_and_reordered() -> None:
     q, k, v = tensors(3, 4, 2, 90, 16)
     plan, method = plan_of(Loki(), k), Loki(budget=20)
     ctx = context(q, k, v, plan)
     assert method.rewind(ctx, 40) == 0  # nothing was observed yet
-    monkeypatch.setattr(module, "ROWS", 7)
     method.observe(ctx, k[:, :, :50], v, 0)
     method.observe(ctx, k[:, :, 50:], v, 50)
     assert method.rewind(ctx, 61) == 61

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from saccade.core import Budget, Calibrated, Decode, Info, LayerContext, Mass, Selection, Threshold, register
@@ -24,8 +23,6 @@ from saccade.parts.heads import check_reduction
 from saccade.parts.pca import dims_for, principal_basis, second_moment
 from saccade.parts.pick import pick_best, read_tokens
 from saccade.parts.placed import placed
-
-ROWS = 4096  # keys turned at a time: bounds the float32 copy of a long prompt
 
 
 @register
@@ -77,18 +74,16 @@ class Loki(Decode, Calibrated):
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def leading(self, ctx: LayerContext, like: Tensor) -> Tensor:
-        """The leading columns of the basis, `(Hk, D, d)` in float32 (float64 for float64)."""
+        """The leading columns of the basis, `(Hk, D, d)` in the dtype of the model: coordinates are kept in it, and only rank tokens."""
         basis = ctx.found("basis")
         if self.variance is not None:
             d = dims_for(ctx.found("explained"), self.variance)
         else:
             d = round(self.dims * basis.shape[-1]) if isinstance(self.dims, float) else self.dims
-        exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return placed(basis, like.device, exact, max(1, d))
+        return placed(basis, like.device, like.dtype, max(1, d))
 
     def observe(self, ctx: LayerContext, k: Tensor, v: Tensor, start: int) -> None:
-        basis = self.leading(ctx, k)
-        new = torch.cat([(piece.to(basis.dtype) @ basis).to(k.dtype) for piece in k.split(ROWS, dim=2)], dim=2)
+        new = k @ self.leading(ctx, k)
         if "coordinates" in ctx.state:
             ctx.state["coordinates"].append(new)
         else:
@@ -103,6 +98,5 @@ class Loki(Decode, Calibrated):
     def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         stored = ctx.state["coordinates"].view
         n = stored.shape[2]
-        basis = self.leading(ctx, q)
-        turned = (ctx.layout.to_groups(q.squeeze(2)).to(basis.dtype) @ basis).flatten(1, 2)
+        turned = (ctx.layout.to_groups(q.squeeze(2)) @ self.leading(ctx, q)).flatten(1, 2)
         return read_tokens(pick_best(dots(turned, stored, self.reduce), Budget.of(self.budget).tokens(n)), n)

@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from saccade.core import Call
 
@@ -49,8 +50,11 @@ class OutputNorm(Normaliser):
         self.weight = nn.Parameter(torch.ones(shape)) if weight else None
 
     def after(self, out: Tensor, call: Call, level: Tensor | None) -> Tensor:
+        if self.over == "head":
+            weight = None if self.weight is None else self.weight.to(out.dtype)
+            return F.rms_norm(out, out.shape[-1:], weight, self.eps)
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        mean = wide.square().mean((1, 3) if self.over == "all" else -1, keepdim=True)
+        mean = wide.square().mean((1, 3), keepdim=True)
         normed = (wide * (mean + self.eps).rsqrt()).to(out.dtype)
         return normed if self.weight is None else normed * self.weight
 
