@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from saccade.report.gallery import GAP, INK, PAGE, SCALE, Entry, picture, write_gallery
+from saccade.report.gallery import GAP, INK, LESS, MORE, PAGE, SCALE, STRIP, Entry, picture, write_gallery
 from saccade.report.png import png
 
 
@@ -93,3 +93,49 @@ def test_the_page_names_its_numbers_and_its_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no method could be drawn"):
         write_gallery([], tmp_path / "none", caption="", command="")
     assert not (tmp_path / "none").exists()
+
+
+def changed(before: list[int], after: list[int], error: int = 0) -> dict[str, object]:
+    packed = {name: base64.b64encode(bytes(x)).decode() for name, x in (("map", before), ("decoded", after))}
+    strips = {
+        name: {part: base64.b64encode(bytes([x, x])).decode() for part in ("key", "value")} for name, x in (("bits", 255), ("error", error))
+    }
+    return {"head": 0, "layer": 0, "size": 2, **packed, **strips}
+
+
+def test_changed_attention_is_coloured_and_the_same_is_not() -> None:
+    same = changed([255, 0, 90, 180], [255, 0, 90, 180])
+    width, height, pixels = picture([same, changed([255, 0, 0, 255], [255, 0, 255, 0], error=255)], None, changes=True)
+    strips = 2 * STRIP + 1
+    assert (width, height) == (2 * 2 * SCALE + GAP, 2 * SCALE + 2 * (strips + GAP))
+
+    def at(x: int, y: int) -> tuple[int, ...]:
+        place = 3 * (y * width + x)
+        return tuple(pixels[place : place + 3])
+
+    top = strips + GAP
+    for x, y in ((0, 0), (0, 1), (1, 1)):
+        ink = at(x * SCALE, top + y * SCALE)
+        assert max(ink) - min(ink) <= 8, "attention that stays is grey"
+    other = 2 * SCALE + GAP
+    assert at(other, top + SCALE) == MORE and at(other + SCALE, top + SCALE) == LESS and at(other, top) == INK
+    assert at(0, 0)[1] > max(at(0, 0)[0], at(0, 0)[2]), "green: stored in full"
+    assert at(0, height - 1) == (PAGE,) * 3 != at(other, height - 1), "errors stand below"
+
+
+def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
+    told = "30% of the bytes."
+    one = Entry(slug="zipcache", spec="zipcache", family="kvcomp", about="Bits.", url="", heads=[changed([9] * 4, [9] * 4)], told=told)
+    path = write_gallery([entry(head(2, [9] * 4, [9] * 4)), one], tmp_path, caption="", command="")
+    page = path.read_text(encoding="utf-8")
+    assert f"`zipcache`: {told}" in page and "## Smaller entries" in page and "what zipcache stores and changes" in page
+    assert (tmp_path / "zipcache.png").stat().st_size
+
+
+def test_a_picture_that_is_the_same_is_not_written_again(tmp_path: Path) -> None:
+    one = entry(head(1, [9], [9]))
+    write_gallery([one], tmp_path, caption="", command="")
+    before = (tmp_path / "quest.png").stat().st_mtime_ns, (tmp_path / "quest.png").stat().st_ino
+    write_gallery([one], tmp_path, caption="again", command="")
+    assert ((tmp_path / "quest.png").stat().st_mtime_ns, (tmp_path / "quest.png").stat().st_ino) == before
+    assert "again" in (tmp_path / "index.md").read_text(encoding="utf-8")

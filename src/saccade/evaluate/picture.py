@@ -64,7 +64,7 @@ def picture(
                     failed[contender.spec] = f"{type(error).__name__}: {error}"
         if ctx.layer in chosen:
             heads = [head for head in _spread(q.shape[1], MAX_HEADS) if only is None or (ctx.layer, head) in only]
-            layers.append(_layer(ctx, q[:, :, :length], k[:, :, :length], masks, pool, heads))
+            layers.append(layer_part(ctx, q[:, :, :length], k[:, :, :length], masks, pool, heads))
 
     device = next(model.parameters()).device
     with reading_session(model, draw):
@@ -152,8 +152,14 @@ def _columns(model: PreTrainedModel, contender: Contender, ids: list[int]) -> Te
     return stay
 
 
-def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int, shown: Sequence[int]) -> dict[str, Any]:
-    """One layer's heads: maps, selections, mass and density."""
+def layer_part(
+    ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], pool: int, shown: Sequence[int], first: int = 0
+) -> dict[str, Any]:
+    """One layer's heads: maps, selections, mass and density.
+
+    masks: by spec, `(H, N, N)` with H = 1, Hk or Hq: bool, or the share of a key that is read. first: the query from which on mass and
+    density count.
+    """
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     size = length // pool
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
@@ -164,10 +170,10 @@ def _layer(ctx: LayerContext, q: Tensor, k: Tensor, masks: dict[str, Tensor], po
         weights = probabilities(q[:, head : head + 1], own, 0, ctx.scale, ctx.softcap)[0]
         selections, mass, density = {}, {}, {}
         for spec, mask in masks.items():
-            read = mask[head * mask.shape[0] // q.shape[1]] & visible
+            read = mask[head * mask.shape[0] // q.shape[1]] * visible
             selections[spec] = as_bytes(_pooled(read, pool) / cells.clamp(min=1))
-            mass[spec] = float((weights * read).sum(-1).mean())
-            density[spec] = float(read.sum() / visible.sum())
+            mass[spec] = float((weights * read)[first:].sum(-1).mean())
+            density[spec] = float(read[first:].sum() / visible[first:].sum())
         heads.append({
             "head": head, "kv_head": head // group, "map": as_bytes(log_scaled(_pooled(weights, pool) / pool)),
             "size": size,
