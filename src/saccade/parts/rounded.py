@@ -31,13 +31,12 @@ def rounded_maxima(
     bits, group: integers of that many bits with one step for `group` tokens, after smoothing (sale, arXiv 2505.24179, section 3.1).
     """
     if q.is_cuda or softcap is not None:
-        found = tile_maxima(
-            q, k, block_q, block_k, bits=bits, group=group, relative_to=relative_to, scale=scale, softcap=softcap
+        return tile_maxima(
+            q, k, block_q, block_k, bits=bits, group=group, relative_to=relative_to, reach=reach, scale=scale, softcap=softcap
         )
-    else:
-        found = _products(q, k, block_q, block_k, reach, bits, group, relative_to, scale)
+    found = _products(q, k, block_q, block_k, reach, bits, group, relative_to, scale)
     begin = torch.arange(found.shape[-1], device=q.device) * block_k
-    return found.masked_fill_(begin >= reach.to(q.device).unsqueeze(-1), -torch.inf)
+    return found.masked_fill_(begin >= reach.unsqueeze(-1), -torch.inf)
 
 
 def _products(

@@ -27,7 +27,8 @@ from saccade.ops.estimate.common import (
 
 def tile_maxima(
     q: Tensor, k: Tensor, block_q: int, block_k: int, *, bits: Literal[4, 8] | None = None, smooth: bool = True, group: int = 1,
-    relative_to: Tensor | None = None, causal: bool = True, scale: float | None = None, softcap: float | None = None, impl: Impl = "auto",
+    relative_to: Tensor | None = None, reach: Tensor | None = None, causal: bool = True, scale: float | None = None,
+    softcap: float | None = None, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """The largest logit of each tile, over its visible pairs: float32 (float64) `(B, Hq, Tq, Tk)`, natural-log units, -inf without one.
 
@@ -36,6 +37,8 @@ def tile_maxima(
     bits: products of integers in [-7, 7] (4) or [-127, 127] (8), one step `max |x| / most` for `group` tokens; None: exact products.
     smooth: round q - qbar and k - kbar (means over all tokens) instead, and add `qbar.(k_j - kbar)` and `q_i.kbar`, so that the result
     estimates the same logits.
+    reach: int64 `(Tq,)` on the device of q, how many first keys each query tile asks about: multiples of block_k, and with causal none
+    beyond the position of the tile's first row (not checked). Tiles from there on hold -inf.
 
     Source: sale, arXiv 2505.24179, sections 3.1 and 3.2: a tile of 64 queries and 32 keys is read when its value with bits=4, relative to
     the log-sum-exp over sink and local keys, is above log(tau).
@@ -47,6 +50,8 @@ def tile_maxima(
     if relative_to is not None and relative_to.shape != q.shape[:3]:
         raise ValueError(f"tile_maxima: relative_to {tuple(relative_to.shape)} does not fit q {tuple(q.shape)}: expected (B, Hq, Nq)")
     grid = TileGrid.of(q, k, block_q, block_k, causal)
+    if reach is not None and (reach.shape != (grid.rows,) or reach.device != q.device):
+        raise ValueError(f"tile_maxima: reach is {tuple(reach.shape)} on {reach.device}: expected ({grid.rows},) on {q.device}")
     scale, cap = check_scale("tile_maxima", scale, q.shape[-1]), check_softcap("tile_maxima", softcap)
     unsupported = _unsupported(q, block_q, block_k)
     if bits is not None and unsupported is None and (not is_power_of_two(group) or group > 64):
@@ -54,20 +59,41 @@ def tile_maxima(
     fast = use_triton("tile_maxima", impl, q, unsupported)
     note("tile_maxima", "triton" if fast else "reference", q, grid.n_q, grid.n_k)
     if not fast or not q.numel() or not k.numel():
-        return reference.tile_reduce(
+        found = reference.tile_reduce(
             q, k, grid, offset=grid.offset, scale=scale, softcap=cap, relative_to=relative_to, total=False, bits=bits, group=group,
             smooth=smooth,
         )  # fmt: skip
-    from saccade.ops.estimate.triton import quantise, tiles
+        return _within(found, block_k, reach)
+    from saccade.ops.estimate.triton import maxima, quantise, tiles
 
     relative_to = None if relative_to is None else relative_to.float().contiguous()
     codes = quantise.Codes(rows_first(q), rows_first(k), None, None, None, None)
-    if bits is not None:
-        codes = quantise.quantise_pair(codes.q, codes.k, bits, group, smooth)
-    return tiles.reduce(
+    if bits is None:
+        found = tiles.reduce(
+            codes.q, codes.k, relative_to, None, None, None, None, block_q, block_k, causal, grid.offset, scale, cap, False
+        )
+        return _within(found, block_k, reach)
+    if maxima.supported(smooth, block_q, block_k, cap):
+        codes = quantise.quantise_pair(codes.q, codes.k, bits, group, True, float8=bits == 4 and quantise.multiplies_float8(q))
+        assert codes.q_step is not None and codes.k_step is not None and codes.q_add is not None and codes.k_add is not None
+        return maxima.maxima(
+            codes.q, codes.k, relative_to, codes.q_step, codes.k_step, codes.q_add, codes.k_add, reach, block_q, block_k, bits, group,
+            causal, grid.offset, scale,
+        )  # fmt: skip
+    codes = quantise.quantise_pair(codes.q, codes.k, bits, group, smooth)
+    found = tiles.reduce(
         codes.q, codes.k, relative_to, codes.q_step, codes.k_step, codes.q_add, codes.k_add, block_q, block_k, causal, grid.offset,
         scale, cap, False,
     )  # fmt: skip
+    return _within(found, block_k, reach)
+
+
+def _within(found: Tensor, block_k: int, reach: Tensor | None) -> Tensor:
+    """-inf for the tiles from each row's reach on."""
+    if reach is None:
+        return found
+    begin = torch.arange(found.shape[-1], device=found.device) * block_k
+    return found.masked_fill_(begin >= reach.unsqueeze(-1), -torch.inf)
 
 
 def pooled_probabilities(

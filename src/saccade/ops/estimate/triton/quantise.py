@@ -21,7 +21,7 @@ LEAST_DIM = 32  # int8 tensor cores multiply 32 columns at a time
 @triton.jit
 def _quantise(
     x, mean, others, codes, steps, dots, x_b, x_h, x_n, heads, n, dim, count, most,
-    MEAN: tl.constexpr, RAW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    MEAN: tl.constexpr, RAW: tl.constexpr, GROUP: tl.constexpr, FLOAT8: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -42,7 +42,11 @@ def _quantise(
     code = tl.floor(tl.div_rn(rows, tl.broadcast_to(safe[:, None], (ROWS, DIM))) + 0.5)
     code = tl.minimum(tl.maximum(code, -most), most)
     # columns past `dim` hold zeros, so the products need no mask
-    tl.store(codes + (pid * n + r)[:, None] * DIM + d[None, :], code.to(tl.int32).to(tl.int8), mask=(r < n)[:, None] & (d < DIM)[None, :])
+    to = codes + (pid * n + r)[:, None] * DIM + d[None, :]
+    if FLOAT8:
+        tl.store(to, code.to(tl.float8e4nv), mask=(r < n)[:, None])
+    else:
+        tl.store(to, code.to(tl.int32).to(tl.int8), mask=(r < n)[:, None])
     tl.store(steps + pid * n + r, step, mask=r < n)
     for o in range(0, count):
         other = tl.load(others + (pid * count + o) * dim + d, mask=d < dim, other=0.0)
@@ -51,8 +55,8 @@ def _quantise(
 
 
 class Codes(NamedTuple):
-    """q `(B, Hq, Nq, E)`, k `(B, Hk, Nk, E)`: int8 with steps `(B, H, N)` float32, or values without; what to add to a row, q_i.kbar
-    `(B, Hq, Nq)`, and to a column, qbar.(k_j - kbar) `(B, Hq, Nk)`, or None."""
+    """q `(B, Hq, Nq, E)`, k `(B, Hk, Nk, E)`: int8 or float8 with steps `(B, H, N)` float32, or values without; what to add to a row,
+    q_i.kbar `(B, Hq, Nq)`, and to a column, qbar.(k_j - kbar) `(B, Hq, Nk)`, or None."""
 
     q: Tensor
     k: Tensor
@@ -62,50 +66,63 @@ class Codes(NamedTuple):
     k_add: Tensor | None
 
 
+def multiplies_float8(x: Tensor) -> bool:
+    """Whether the device of x multiplies float8 e4m3 numbers, as the interpreter does."""
+    if not x.is_cuda:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
 def launch(
-    x: Tensor, mean: Tensor | None, others: Tensor | None, raw: bool, bits: int, group: int, config_: dict[str, int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, mean: Tensor | None, others: Tensor | None, raw: bool, bits: int, group: int, float8: bool,
+    config_: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     b, h, n, dim = x.shape
     width = padded_dim(dim, LEAST_DIM)
     count = 0 if others is None else others.shape[2]
-    codes, steps = empty(x, b, h, n, width, dtype=torch.int8), empty(x, b, h, n)
+    codes, steps = empty(x, b, h, n, width, dtype=torch.float8_e4m3fn if float8 else torch.int8), empty(x, b, h, n)
     dots = empty(x, b, h, count, n)
     sizes = {"ROWS": max(group, min(next_power_of_two(n), 8192 // width)), "num_warps": 4} | (config_ or {})
     _quantise[(triton.cdiv(n, sizes["ROWS"]), b * h)](
         x, steps if mean is None else mean, steps if others is None else others, codes, steps, dots, *per_head(x), h, n, dim, count,
-        float((1 << (bits - 1)) - 1), MEAN=mean is not None, RAW=raw, GROUP=group, DIM=width, **sizes,
+        float((1 << (bits - 1)) - 1), MEAN=mean is not None, RAW=raw, GROUP=group, FLOAT8=float8, DIM=width, **sizes,
     )  # fmt: skip
     return codes, steps, dots
 
 
 @torch.library.custom_op("saccade::estimate_quantise", mutates_args=())
-def quantise(x: Tensor, mean: Tensor | None, others: Tensor | None, raw: bool, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(
+    x: Tensor, mean: Tensor | None, others: Tensor | None, raw: bool, bits: int, group: int, float8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Integers of x - mean `(B, H, N, D)`, padded to E columns, their steps, and products with others `(B, H, c, D)`: `(B, H, c, N)`.
 
+    float8: the integers, of 4 bits, are float8 e4m3 numbers, else int8.
     raw: the products are those of x, not of x - mean. mean `(B, H, D)` and others float32, contiguous; x's last axis contiguous.
     """
-    return launch(x, mean, others, raw, bits, group)
+    return launch(x, mean, others, raw, bits, group, float8)
 
 
 @quantise.register_fake
-def _(x: Tensor, mean: Tensor | None, others: Tensor | None, raw: bool, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, mean: Tensor | None, others: Tensor | None, raw: bool, bits: int, group: int, float8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     b, h, n, dim = x.shape
     count = 0 if others is None else others.shape[2]
     return (
-        x.new_empty((b, h, n, padded_dim(dim, LEAST_DIM)), dtype=torch.int8), x.new_empty((b, h, n), dtype=torch.float32),
-        x.new_empty((b, h, count, n), dtype=torch.float32),
+        x.new_empty((b, h, n, padded_dim(dim, LEAST_DIM)), dtype=torch.float8_e4m3fn if float8 else torch.int8),
+        x.new_empty((b, h, n), dtype=torch.float32), x.new_empty((b, h, count, n), dtype=torch.float32),
     )  # fmt: skip
 
 
-def quantise_pair(q: Tensor, k: Tensor, bits: int, group: int, smooth: bool) -> Codes:
+def quantise_pair(q: Tensor, k: Tensor, bits: int, group: int, smooth: bool, float8: bool = False) -> Codes:
     """Both sides of the products, with what smoothing adds."""
     if not smooth:
-        q_codes, q_step, _ = quantise(q, None, None, False, bits, group)
-        k_codes, k_step, _ = quantise(k, None, None, False, bits, group)
+        q_codes, q_step, _ = quantise(q, None, None, False, bits, group, float8)
+        k_codes, k_step, _ = quantise(k, None, None, False, bits, group, float8)
         return Codes(q_codes, k_codes, q_step, k_step, None, None)
     heads, kv_heads = q.shape[1], k.shape[1]
     q_mean, k_mean = q.mean(2, dtype=torch.float32), k.mean(2, dtype=torch.float32)
     k_of_q = k_mean.repeat_interleave(heads // kv_heads, dim=1).unsqueeze(2).contiguous()
-    q_codes, q_step, q_add = quantise(q, q_mean, k_of_q, True, bits, group)
-    k_codes, k_step, k_add = quantise(k, k_mean, q_mean.unflatten(1, (kv_heads, -1)).contiguous(), False, bits, group)
+    q_codes, q_step, q_add = quantise(q, q_mean, k_of_q, True, bits, group, float8)
+    k_codes, k_step, k_add = quantise(k, k_mean, q_mean.unflatten(1, (kv_heads, -1)).contiguous(), False, bits, group, float8)
     return Codes(q_codes, k_codes, q_step, k_step, q_add.squeeze(2), k_add.flatten(1, 2))
