@@ -93,10 +93,9 @@ def launch(
     result = Result(q, values.dim, splits(programs, n, q, config), want_lse)
     if programs == 0 or m == 0:
         return result.out, result.lse
-    for x, side, name in ((keys, k_side, "K"), (values, v_side, "V")):
-        # codes of up to 7 bits are exact in bfloat16 that way; float16 has room for all
-        side[f"{name}_ASM"] = not SIMULATED.value and (q.dtype == torch.float16 or x.bits < 8)
-    raised = k_side["K_ASM"] and q.dtype == torch.bfloat16 and keys.codebook is None
+    k_side["K_ASM"] = v_side["V_ASM"] = not SIMULATED.value
+    # codes of up to 7 bits lie beside 128 in a bfloat16
+    raised = not SIMULATED.value and q.dtype == torch.bfloat16 and keys.codebook is None and keys.bits < 8
     k_side["K_RAISE"] = 128 + k_side["K_OFFSET"] if raised else 0
     k_words, v_words = (_words(x.codes) for x in (keys, values))
     strides = q.stride()

@@ -15,6 +15,9 @@ import triton.language as tl
 from saccade.ops.decode.triton.tile import narrow
 
 
+_MAGIC = 1 << 23  # a float32 of this size has no digits behind the point
+
+
 @triton.constexpr_function
 def _twice(half: int) -> int:
     return half << 16 | half
@@ -35,6 +38,17 @@ def _asm(shift, bits, offset, kind, raised):
     return "\n".join(lines)
 
 
+@triton.constexpr_function
+def _asm_bytes(place, offset):
+    """The same for bytes, which bfloat16 has no room for beside its 128: each becomes the last digits of a float32 first."""
+    lines = ["{", ".reg .b32 a, b;"]
+    for name, byte in (("a", place), ("b", place + 2)):
+        lines.append(f"prmt.b32 {name}, $1, 0x4B000000, {0x7440 + byte:#x};")
+        lines.append(f"sub.f32 {name}, {name}, {_MAGIC + offset}.0;")
+    lines += ["cvt.rn.bf16x2.f32 $0, b, a;", "}"]
+    return "\n".join(lines)
+
+
 @triton.jit
 def codes(words, J: tl.constexpr, BITS: tl.constexpr):
     """Code J of each word as int32."""
@@ -48,7 +62,7 @@ def numbers(
 ):  # fmt: skip
     """Code J of each word (int16) as a number in KIND, a dtype: less OFFSET, or what the codebook says.
 
-    RAISED, for bfloat16 with ASM: 128 more, OFFSET not taken off; whoever multiplies takes 128 + OFFSET times the factors off.
+    RAISED, for bfloat16 with ASM and fewer than 8 bits: 128 more, OFFSET not taken off; whoever multiplies takes 128 + OFFSET times the factors off.
     BOOK: 0 none, 1 one of 2^BITS entries, 2 such a one for each channel; `channel` is broadcastable to the words.
     """
     if BOOK > 0:
@@ -57,7 +71,9 @@ def numbers(
             code += channel * (1 << BITS)
         x = narrow(tl.load(book + code).to(tl.float32), KIND)
     elif ASM:
-        if tl.bfloat16 == KIND:
+        if tl.bfloat16 == KIND and BITS == 8:
+            text: tl.constexpr = _asm_bytes(J, OFFSET)
+        elif tl.bfloat16 == KIND:
             text: tl.constexpr = _asm(J * BITS, BITS, OFFSET, "bf16", RAISED)
         else:
             text: tl.constexpr = _asm(J * BITS, BITS, OFFSET, "f16", False)
