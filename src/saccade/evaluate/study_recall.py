@@ -33,7 +33,8 @@ from saccade.train.sets import build_set
 SCHEMA = "saccade.study-recall/1"
 LLAMA = "llama"  # a contestant of its own: the transformer of the transformers library, for comparison
 CONTESTANTS = (
-    "softmax", "lightning-attention", "deltanet", "kimi-linear(gate='token')", "kimi-linear", "based",
+    "softmax", "lightning-attention", "deltanet", "kimi-linear(gate='token')", "kimi-linear",
+    "based(part='conv'),based",  # the linear part alone has no positions, so no layer could tell which value follows a key
     "lightning-attention*3,softmax", "deltanet*3,softmax", "kimi-linear*3,softmax",
 )  # fmt: skip
 
