@@ -128,6 +128,19 @@ def test_forward_in_one_piece(gate: str, delta: bool) -> None:
     assert error(out, exact) <= allowed(torch.bfloat16) * error(plain(*tensors, **options), exact) + 1e-6
 
 
+@pytest.mark.parametrize(("gate", "delta"), [("none", True), ("channel", False), ("channel", True)])
+def test_weak_gates(gate: str, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tokens far apart give each other is not forgotten: all blocks of a chunk, and all segments, are in the output."""
+    from saccade.ops.scan.triton import launch
+
+    cuts = {"chunk": 64, "shortest": 1, "programs": 1e9}
+    monkeypatch.setattr(launch, "config", lambda *a, f=launch.config, **k: replace(f(*a, **k), **cuts))
+    tensors, options = inputs(gate, delta, n=150, d=16, dv=16, heads=(1, 1, 1), strength=0.02)
+    exact, last = scan(*doubled(tensors, options)[0], **doubled(tensors, options)[1], impl="reference")
+    out, state = scan(*tensors, **options, impl="triton")
+    assert error(out, exact) <= 2e-6 and error(state, last) <= 2e-6  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("gate", "delta", "n", "d", "dv", "heads"),
     [
@@ -316,6 +329,19 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="up to 256"):
         scan(wide, wide, wide, impl="triton")
     assert kernels.refusal(check(q.float(), q.float(), q.float(), None, None, None, None, None, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "programs", "segments"), [(131072, 2.0, 8), (131072, 1.0, 4), (8192, 2.0, 8), (131072, 0.25, 1), (256, 64.0, 1)]
+)
+def test_segments_have_one_length(n: int, programs: float, segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 132 multiprocessors, 16 heads and 2 blocks of values: no short segment is left over, so all programs run side by side."""
+    from saccade.ops.scan.triton import config
+
+    monkeypatch.setattr(config, "multiprocessors", lambda x: 132)
+    c = replace(config.config(128, 128, torch.bfloat16, delta=True, channel=False), programs=programs)
+    length = config.segment_length(c, torch.empty(0), n, 1, 16, 2, splits=True)
+    assert -(-n // length) == segments and length * segments == n
 
 
 @pytest.mark.skipif(not CUDA, reason="long sequences take a GPU")

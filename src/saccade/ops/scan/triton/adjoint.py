@@ -30,6 +30,7 @@ from saccade.ops.scan.triton.launch import (
     tiles,
 )
 from saccade.ops.scan.triton.levels import channel_gradients
+from saccade.ops.scan.triton.near import add_near
 from saccade.ops.scan.triton.pairs import pair_gradients
 from saccade.ops.scan.triton.states import keep_state_gradients, keep_states
 from saccade.ops.scan.triton.tokens import token_gradients
@@ -66,7 +67,7 @@ def _states(w: Walk, dout: Tensor, end: Tensor | None, dtype: torch.dtype, c: Co
     bd, bv, blocks, segments = tiles(w, replace(c, columns=c.back_columns, programs=c.back_programs))
     place = (cut(n, batch, c.chunk, w.cu_seqlens).slots, w.heads, d, dv)
     states, ends = (torch.empty(place, dtype=rows.dtype, device=rows.device) for _ in range(2))
-    maps = segment_starts(w, c, segments) if segments.split else None
+    maps = segment_starts(w, c, segments, both=True) if segments.split else None
     starts = w.start if maps is None else maps.added
     gate, gate_steps = gate_of(w, rows)
     table, w_, totals = either(segments.table, rows), either(w.w, rows), either(w.totals, rows)
@@ -121,35 +122,44 @@ def _chunks(
         gates = even(log_decay)
         gate, gate_steps = gates, gates.stride()[:3]
     else:
-        gate, gate_steps = gate_of(w, q)
+        gate, gate_steps = gate_of(w._replace(lines=None), q)
     beta_steps = (0, 0, 0) if beta is None else beta.stride()
     table, beta_ = either(chunks.table, q), either(beta, q)
     bv = min(c.grad_values, padded(dv, q.dtype))
     bd = min(c.level_columns if by_channel else c.grad_columns, padded(d, q.dtype))
     # two at least: with one the loop over blocks is no loop, and Triton 3.6 then gave wrong dk on sm_90
     blocks = max(2, ceil_div(d, bd))
-    dbeta = torch.empty(blocks + 1 if by_channel else 1, batch, w.heads, n, dtype=torch.float32, device=q.device)
+    dbeta = torch.empty(blocks + 2 if by_channel else 1, batch, w.heads, n, dtype=torch.float32, device=q.device)
     sizes: dict[str, Any] = {
         "d": d, "dv": dv, "CHUNK": c.chunk, "BD": bd, "CHANNEL_BLOCKS": blocks, "BV": bv, "VALUE_BLOCKS": ceil_div(dv, bv),
         "PACKED": w.cu_seqlens is not None, "GATE_GRAD": gate_grad and log_decay is not None, "PRECISION": c.precision,
     }  # fmt: skip
     after = (table, n, chunks.per_sequence, w.heads, w.scale, *strides(q, w.heads), *strides(k, w.heads))
-    read = (*strides(new, w.heads), *strides(dout, w.heads), *gate_steps, *beta_steps)
+    read = (*strides(new, w.heads), *strides(dout, w.heads))
     grid = (chunks.slots, w.heads)
     pair_gradients[grid](
         q, k, v, dout, new, back, either(w.inverses, q), beta_, gate, by_query, by_key, dval, dbeta, dg, *after,
-        *strides(v, w.heads), *read, GATE=w.kind, DELTA=beta is not None, num_warps=c.pair_warps, num_stages=c.pair_stages, **sizes,
+        *strides(v, w.heads), *read, *gate_steps, *beta_steps, GATE=w._replace(lines=None).kind, DELTA=beta is not None,
+        num_warps=c.pair_warps, num_stages=c.pair_stages, **sizes,
     )  # fmt: skip
     if by_channel:
         channel_gradients[(chunks.slots * blocks, w.heads)](
-            q, k, beta_, gate, dout, new, back, by_query, by_key, states, ends, w.totals, dq, dk, dbeta[1:], dg, batch * w.heads * n,
-            *after, *read,
+            q, k, beta_, gate, dout, new, back, by_query, by_key, states, ends, w.totals, dq, dk, dbeta[2:], dg, batch * w.heads * n,
+            *after, *read, *gate_steps, *beta_steps,
             LEVELS=c.chunk.bit_length() - 1, DELTA=beta is not None, num_warps=c.level_warps, num_stages=c.level_stages, **sizes,
         )  # fmt: skip
+        bd = min(c.near_columns, padded(d, q.dtype))
+        add_near[(c.chunk // 16 * chunks.slots, w.heads)](
+            q, k, beta_, gate, by_query, by_key, dq, dk, dbeta[1], dg, table, n, chunks.per_sequence, w.heads, *strides(q, w.heads),
+            *strides(k, w.heads), *gate_steps, *beta_steps,
+            d=d, CHUNK=c.chunk, BD=bd, CHANNEL_BLOCKS=max(2, ceil_div(d, bd)), DELTA=beta is not None, PACKED=w.cu_seqlens is not None,
+            GATE_GRAD=sizes["GATE_GRAD"], STAGES=c.near_stages, PRECISION=c.precision, num_warps=1, maxnreg=c.near_registers,
+        )  # fmt: skip
     else:
+        weights, weight_steps = gate_of(w, q)
         token_gradients[grid](
-            q, k, beta_, gate, dout, new, back, by_query, by_key, states, ends, dq, dk, dbeta, dg, *after, *read,
-            GATE=w.kind, num_warps=c.grad_warps, num_stages=c.grad_stages, **sizes,
+            q, k, beta_, weights, dout, new, back, by_query, by_key, states, ends, dq, dk, dbeta, dg, *after, *read,
+            *weight_steps, *beta_steps, GATE=w.kind, num_warps=c.grad_warps, num_stages=c.grad_stages, **sizes,
         )  # fmt: skip
     gate_line = dg if gate_grad and log_decay is not None else None
     return dq, dk, dval, gate_line, None if beta is None else dbeta.sum(0)

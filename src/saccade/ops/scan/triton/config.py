@@ -16,7 +16,9 @@ class Config:
     walk over segments should have; shortest: the fewest chunks of a segment. precision: of matmuls of inputs, solve: of the triangular
     inverse, carry: of the maps of segments. The rest are warps and pipeline stages of the kernels. Chunks of 64 rows want 4 warps: with 8,
     both halves would compute the same rows. `levels` has 2, so that its products run on mma.sync: wgmma may lose left factors that were
-    computed in registers (Triton 3.4 to 3.7 with the assembler of CUDA 12.9), and several are in flight there."""
+    computed in registers (Triton 3.4 to 3.7 with the assembler of CUDA 12.9), and several are in flight there. `channel` has tiles of 16
+    tokens and one warp: what a product gives lies as the next one wants it. channel_columns, level_columns and near_columns: channels a
+    step; 16 in `channel` and `near` is as many as registers hold. channel_registers, near_registers: the most of a thread, None for any."""
 
     chunk: int = 64
     columns: int = 64
@@ -33,8 +35,10 @@ class Config:
     carry_warps: int = 8
     carry: str = "tf32"
     products_warps: int = 4
-    channel_columns: int = 64
-    channel_warps: int = 4
+    channel_columns: int = 16
+    channel_warps: int = 1
+    channel_stages: int = 2
+    channel_registers: int | None = None
     transform_warps: int = 2
     back_columns: int = 64
     back_programs: float = 1.0
@@ -48,6 +52,9 @@ class Config:
     level_columns: int = 32
     level_warps: int = 2
     level_stages: int = 1
+    near_columns: int = 16
+    near_stages: int = 1
+    near_registers: int | None = None
 
 
 def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -> Config:
@@ -57,13 +64,15 @@ def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -
         return Config(
             chunk=32, columns=16, maps_columns=16, carry_columns=16, precision="ieee", solve="ieee", carry="ieee", walk_stages=1,
             maps_warps=4, maps_stages=1, back_columns=16, back_stages=1,
-            grad_columns=16, grad_values=16, grad_stages=1, level_columns=16,
+            grad_columns=16, grad_values=16, grad_stages=1, level_columns=16, channel_stages=1,
         )  # fmt: skip
     chosen = Config()
     if wide > 128:
         chosen = replace(chosen, columns=32, maps_columns=64, walk_stages=1, maps_stages=1, back_columns=32, back_stages=1)
     if delta:
         chosen = replace(chosen, maps_columns=64, maps_warps=4)
+    if delta and channel:  # three or six registers kept in memory make room for half as many programs more
+        chosen = replace(chosen, channel_registers=168, near_registers=168)
     return chosen
 
 
@@ -111,4 +120,5 @@ def segment_length(c: Config, x: Tensor, n: int, sequences: int, heads: int, blo
     wanted = c.programs * multiprocessors(x) / (sequences * heads * blocks)
     if not splits or wanted < 1.5:
         return whole * c.chunk
-    return max(c.shortest, int(-(-whole // wanted))) * c.chunk
+    # a whole number of segments of one length: a short one more would have to wait for a place
+    return max(c.shortest, -(-whole // max(2, int(wanted)))) * c.chunk

@@ -16,6 +16,8 @@ NO_GATE = tl.constexpr(0)
 HEAD_GATE = tl.constexpr(1)
 TOKEN_GATE = tl.constexpr(2)
 CHANNEL_GATE = tl.constexpr(3)
+# a gate a token, of which the weights below lie in memory
+TOKEN_LINES = tl.constexpr(4)
 # the interpreter multiplies bfloat16 by its bit patterns; widened first, the products are those of the tensor cores
 WIDEN = tl.constexpr(interpreting())
 
@@ -89,6 +91,22 @@ def chunk_gates(gate, stride, at, end, CHUNK: tl.constexpr, GATE: tl.constexpr):
         high = up_to
         low = (run - high.to(tl.float64)).to(tl.float32)
     return up_to, after, over_all, high, low
+
+
+@triton.jit
+def chunk_weights(gate, step, at, end, CHUNK: tl.constexpr, GATE: tl.constexpr):
+    """e^(gates): up to each token, after each token, over all. TOKEN_LINES: as `delta.products` left them, the second line `step` on."""
+    if GATE == TOKEN_LINES:
+        i = tl.arange(0, CHUNK)
+        into = tl.load(gate + at + i, mask=at + i < end, other=1.0)
+        out_of = tl.load(gate + step + at + i, mask=at + i < end, other=1.0)
+        over_all = tl.load(gate + tl.maximum(tl.minimum(at + CHUNK, end) - 1, 0))
+    else:
+        up_to, after, total, _high, _low = chunk_gates(gate, step, at, end, CHUNK, GATE)
+        into = tl.exp2(up_to)
+        out_of = tl.exp2(after)
+        over_all = tl.exp2(total)
+    return into, out_of, over_all
 
 
 @triton.jit

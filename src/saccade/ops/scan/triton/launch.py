@@ -14,14 +14,15 @@ from saccade.ops.scan.triton.config import Config, Cut, config, cut, padded, seg
 from saccade.ops.scan.triton.outputs import outputs
 from saccade.ops.scan.triton.segments import carry, carry_delta, segment_maps
 
-NO_GATE, HEAD_GATE, TOKEN_GATE, CHANNEL_GATE = range(4)
+NO_GATE, HEAD_GATE, TOKEN_GATE, CHANNEL_GATE, TOKEN_LINES = range(5)
 
 
 class Walk(NamedTuple):
     """What a walk over chunks reads: rows, cols `(B, Hx, N, D)` and vals `(B, Hx, N, Dv)`; heads: H. gate None, `(H,)` or `(B, H, N)`.
 
     w: under the delta rule, with vals = u. pairs: products inside chunks, where they were made beforehand. totals: with a gate per
-    channel, in place of `gate`. start `(S, H, D, Dv)` or None. inverses: what `prepare` keeps for the backward pass alone.
+    channel, in place of `gate`. start `(S, H, D, Dv)` or None. inverses: what `prepare` keeps for the backward pass alone. lines
+    `(B, H, 2, N)`: weights of a gate a token, read in place of `gate`.
     """
 
     rows: Tensor
@@ -37,11 +38,14 @@ class Walk(NamedTuple):
     totals: Tensor | None = None
     reverse: bool = False
     inverses: Tensor | None = None
+    lines: Tensor | None = None
 
     @property
     def kind(self) -> int:
         if self.totals is not None:
             return CHANNEL_GATE
+        if self.lines is not None:
+            return TOKEN_LINES
         return NO_GATE if self.gate is None else {1: HEAD_GATE, 3: TOKEN_GATE}[self.gate.ndim]
 
 
@@ -123,8 +127,8 @@ def tiles(w: Walk, c: Config) -> tuple[int, int, int, Cut]:
     return bd, bv, blocks, cut(n, batch, length, w.cu_seqlens)
 
 
-def segment_starts(w: Walk, c: Config, segments: Cut) -> Maps:
-    """The state that every segment starts from, in `added`, float32."""
+def segment_starts(w: Walk, c: Config, segments: Cut, both: bool = False) -> Maps:
+    """The state that every segment starts from, in `added`, float32. both: the maps are used from right to left as well."""
     rows, cols, vals = even(w.rows), even(w.cols), even(w.vals)
     n, d, dv = rows.shape[2], rows.shape[3], vals.shape[3]
     is_delta = w.w is not None
@@ -143,7 +147,8 @@ def segment_starts(w: Walk, c: Config, segments: Cut) -> Maps:
         segments.per_sequence, w.heads, w.scale, *strides(cols, w.heads), *strides(vals, w.heads), *gate_steps,
         d=d, dv=dv,
         LENGTH=segments.length, CHUNK=c.chunk, BD=bd, BV=bv, VALUE_BLOCKS=value_blocks, BLOCKS=blocks, GATE=w.kind, DELTA=is_delta,
-        REVERSE=w.reverse, PACKED=packed, PRECISION=c.precision, STAGES=c.maps_stages, num_warps=c.maps_warps,
+        REVERSE=w.reverse, PACKED=packed, START=w.start is not None, BOTH=both, PRECISION=c.precision, STAGES=c.maps_stages,
+        num_warps=c.maps_warps,
     )  # fmt: skip
     maps = Maps(added, moved, kept)
     carry_over(maps, w, c, segments, w.start, w.reverse)
@@ -175,13 +180,15 @@ def _by_delta(w: Walk, beta: Tensor, c: Config, keep: bool = False) -> Walk:
     chunks = cut(n, batch, c.chunk, w.cu_seqlens)
     pairs, systems = _squares(chunks, w.heads, c, k.dtype, k), _squares(chunks, w.heads, c, torch.float32, k)
     gate, gate_steps = gate_of(w, k)
+    per_token = w.kind == TOKEN_GATE
+    lines = torch.empty(batch, w.heads, 2, n, dtype=torch.float32, device=k.device) if per_token else None
     delta.products[(chunks.slots, w.heads)](
-        q, k, gate, pairs, systems, either(chunks.table, k), n, chunks.per_sequence, w.heads, w.scale, *strides(q, w.heads),
-        *strides(k, w.heads), *gate_steps,
+        q, k, gate, pairs, systems, either(lines, k), either(chunks.table, k), n, chunks.per_sequence, w.heads, w.scale,
+        *strides(q, w.heads), *strides(k, w.heads), *gate_steps,
         d=d, CHUNK=c.chunk, BD=padded(d, k.dtype), GATE=w.kind, PACKED=w.cu_seqlens is not None, PRECISION=c.precision,
         num_warps=c.products_warps,
     )  # fmt: skip
-    return _solved(w._replace(pairs=pairs), systems, k, None, beta, chunks, c, keep)
+    return _solved(w._replace(pairs=pairs, lines=lines), systems, k, None, beta, chunks, c, keep)
 
 
 def _by_channel(w: Walk, log_decay: Tensor, beta: Tensor | None, c: Config, keep: bool = False) -> Walk:
@@ -195,11 +202,12 @@ def _by_channel(w: Walk, log_decay: Tensor, beta: Tensor | None, c: Config, keep
     systems = _squares(chunks, w.heads, c, torch.float32, q) if is_delta else None
     totals = torch.empty(chunks.slots, w.heads, d, dtype=torch.float32, device=q.device)
     bd = min(c.channel_columns, padded(d, q.dtype))
-    channel.products[(2 * chunks.slots, w.heads)](
+    channel.products[(c.chunk // 16 * chunks.slots, w.heads)](
         q, k, g, q_gated, k_gated, either(read, q), pairs, either(systems, q), totals, either(chunks.table, q), n, chunks.per_sequence,
         w.heads, w.scale, *strides(q, w.heads), *strides(k, w.heads), *g.stride()[:3],
-        d=d, CHUNK=c.chunk, LEVELS=c.chunk.bit_length() - 2, BD=bd, CHANNEL_BLOCKS=max(2, ceil_div(d, bd)), DELTA=is_delta,
-        PACKED=w.cu_seqlens is not None, PRECISION=c.precision, num_warps=c.channel_warps,
+        d=d, CHUNK=c.chunk, BD=bd, CHANNEL_BLOCKS=max(2, ceil_div(d, bd)), DELTA=is_delta,
+        PACKED=w.cu_seqlens is not None, STAGES=c.channel_stages, PRECISION=c.precision, num_warps=c.channel_warps,
+        maxnreg=c.channel_registers,
     )  # fmt: skip
     w = w._replace(rows=q_gated, cols=k_gated, pairs=pairs, totals=totals)
     if beta is None or systems is None or read is None:
@@ -249,6 +257,8 @@ def strides(x: Tensor, heads: int) -> tuple[int, int, int, int]:
 
 
 def gate_of(w: Walk, other: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    if w.lines is not None:
+        return w.lines, w.lines.stride()[:3]
     if w.gate is None:
         return other, (0, 0, 0)
     if w.gate.ndim == 1:

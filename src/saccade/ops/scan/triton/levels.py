@@ -1,4 +1,4 @@
-"""Gradients of queries, keys, beta and gates where every channel has a gate of its own: the last step of the backward pass.
+"""Gradients of queries, keys, beta and gates where every channel has a gate of its own: the last step but one of the backward pass.
 
 Two tokens j < i of a chunk are parted by one boundary: that between the halves of the smallest aligned block of 2, 4, ... tokens that
 holds both. At the level of that block the pair's weight is e^(gates from the boundary to i) e^(gates after j to the boundary): two
@@ -6,7 +6,8 @@ factors of at most 1, one a token, so the pairs of a level are one matmul. With 
 halves and k in first halves, and N the symmetric matrix of the level's pairs, y = x (N (x z)) holds dq in second halves and dk in
 first ones. A token's factor holds the gates between it and the boundary, and those are the gates that all its pairs of the level lie
 around: each gets the sum of z_r y_r over the tokens r whose factor it is in. Every pair comes in once, and nothing is taken away again,
-so the gates' gradients are as exact as their sums. The state before the chunk and that behind it are two more levels.
+so the gates' gradients are as exact as their sums. The state before the chunk and that behind it are two more levels. Pairs within 16
+tokens are left to `near`, which adds to what this gives.
 
 Sums of gates are products with matrices of ones: what is summed is cut in two bfloat16 parts (16 bits) where the inputs have 16 bits.
 """
@@ -33,7 +34,7 @@ def channel_gradients(
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, BD: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr, BV: tl.constexpr, VALUE_BLOCKS: tl.constexpr,
     DELTA: tl.constexpr, PACKED: tl.constexpr, GATE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dgate `(B, H, N, D)`; dbeta `(blocks of channels, B, H, N)` float32, of which that of `pairs` is one more."""
+    """dq, dk, dgate `(B, H, N, D)`; dbeta `(blocks of channels, B, H, N)` float32; `pairs` and `near` have a line each of their own."""
     pid = tl.program_id(0)
     block = pid % CHANNEL_BLOCKS
     slot = pid // CHANNEL_BLOCKS
@@ -102,7 +103,8 @@ def channel_gradients(
     dq_t += own[:, None] * kt.to(tl.float32)
     dk_t += own[:, None] * qt.to(tl.float32)
 
-    for level in range(0, LEVELS):
+    apart = i[:, None] ^ col
+    for level in range(4, LEVELS):  # the ones before are `near`
         begin = (i >> level) << level
         is_late = ((i >> level) & 1) == 1
         late = is_late[:, None]
@@ -110,9 +112,8 @@ def channel_gradients(
         ones = level_ranges(level, CHUNK, False, PRECISION)
         x = tl.exp2(sums(ones, g_high, g_low, PRECISION))
         z = tl.where(late, qt, kt).to(tl.float32)
-        twin = begin + tl.where(is_late, -(1 << level), 1 << level)
         there = (begin < end - at)[:, None]
-        pair = (col >= twin[:, None]) & (col < (twin + (1 << level))[:, None])
+        pair = (apart >> level) == 1
         both = tl.load(by_query + square, mask=there, other=0.0)
         y = matmul(tl.where(pair, both, 0.0).to(dtype), (z * x).to(dtype), PRECISION) * x
         given = z * y

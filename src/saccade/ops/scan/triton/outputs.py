@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.scan.triton.inside import CHANNEL_GATE, NO_GATE, chunk_gates, matmul, matmul_add, pair_gates, segment_of
+from saccade.ops.scan.triton.inside import CHANNEL_GATE, NO_GATE, chunk_gates, chunk_weights, matmul, matmul_add, pair_gates, segment_of
 
 
 @triton.jit
@@ -88,7 +88,13 @@ def outputs(
         vt = tl.load(val + far_at * val_n + val_at, mask=inside & v_in, other=0.0)
         low = state.to(rt.dtype)
         if GATE != NO_GATE and GATE != CHANNEL_GATE:
-            up_to, after, over_all, high, rest = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
+            if PAIRS:
+                into, out_of, over_all = chunk_weights(gate, gate_n, at, end, CHUNK, GATE)
+            else:
+                up_to, after, total, high, rest = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
+                into = tl.exp2(up_to)
+                out_of = tl.exp2(after)
+                over_all = tl.exp2(total)
         if PAIRS:
             where = (chunk + (at - first) // CHUNK).to(tl.int64) * heads + h
             pair = tl.load(pairs + where * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :], mask=near, other=0.0)
@@ -112,11 +118,11 @@ def outputs(
             new = vt.to(tl.float32)
         if GATE != NO_GATE and GATE != CHANNEL_GATE:
             if REVERSE:
-                far *= tl.exp2(after)[:, None]
-                new *= tl.exp2(up_to)[:, None]
+                far *= out_of[:, None]
+                new *= into[:, None]
             else:
-                far *= tl.exp2(up_to)[:, None]
-                new *= tl.exp2(after)[:, None]
+                far *= into[:, None]
+                new *= out_of[:, None]
         if REVERSE:
             new *= scale
         elif GATE != CHANNEL_GATE:
@@ -132,7 +138,7 @@ def outputs(
             if REVERSE:
                 matching = tl.load(dots + at + i, mask=at + i < end, other=0.0)
                 kept = tl.load(state_at, mask=entry_in, other=0.0).to(tl.float32)
-                across = tl.sum(kept * state) * tl.exp2(over_all)
+                across = tl.sum(kept * state) * over_all
                 # entry (j, t): what token j gives to tokens from t on; of these, gate t sees the tokens before it
                 given = tl.cumsum(product * matmul(pt, tl.trans(vt), PRECISION), axis=1, reverse=True)
                 inner = tl.sum(tl.where(i[:, None] < i[None, :], given, 0.0), axis=0)
@@ -145,7 +151,7 @@ def outputs(
             total = tl.load(totals + where * d + di, mask=di < d, other=0.0)
             state = state * tl.exp2(total)[:, None]
         elif GATE != NO_GATE:
-            state = state * tl.exp2(over_all)
+            state = state * over_all
         state = matmul_add(tl.trans(ct), new.to(ct.dtype), state, PRECISION)
     ends_here = end == last
     if REVERSE:

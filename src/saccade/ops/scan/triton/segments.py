@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.scan.triton.inside import CHANNEL_GATE, NO_GATE, chunk_gates, matmul, matmul_add, segment_of
+from saccade.ops.scan.triton.inside import CHANNEL_GATE, NO_GATE, TOKEN_LINES, chunk_gates, chunk_weights, matmul, matmul_add, segment_of
 
 
 @triton.jit
@@ -20,17 +20,20 @@ def segment_maps(
     col_group, col_b, col_h, col_n: tl.constexpr, val_group, val_b, val_h, val_n: tl.constexpr, gate_b, gate_h, gate_n,
     d: tl.constexpr, dv: tl.constexpr,
     LENGTH, CHUNK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, VALUE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, START: tl.constexpr, BOTH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """added `(slots, H, D, Dv)`: a segment's map of the zero state. kept: log2 of the gates over it, `(slots, H)` or `(slots, H, D)`.
 
-    moved `(slots, H, D, D)`, under the delta rule: what the segment does to a state without adding values.
+    moved `(slots, H, D, D)`, under the delta rule: what the segment does to a state without adding values. Left out, with something finite
+    in its place: what the last segment of a sequence adds, what the first does to a state of zeros (START: to the one given), and what
+    the last does to a state, unless the gradients come BOTH ways.
     """
     pid = tl.program_id(0)
     block = pid % BLOCKS
     slot = pid // BLOCKS
     h = tl.program_id(1)
-    batch, _owner, start, end, first, _last, chunk = segment_of(slot, n, per_sequence, table, LENGTH, CHUNK, PACKED)
+    batch, _owner, start, end, first, last, chunk = segment_of(slot, n, per_sequence, table, LENGTH, CHUNK, PACKED)
     batch = batch.to(tl.int64)
     col += batch * col_b + (h // col_group).to(tl.int64) * col_h
     val += batch * val_b + (h // val_group).to(tl.int64) * val_h
@@ -47,10 +50,24 @@ def segment_maps(
     seen_all = 0.0
     if DELTA:
         w += (batch * heads + h) * n * d
-    for c in tl.range(0, tl.cdiv(end - start, CHUNK), num_stages=STAGES):
+    if REVERSE:
+        is_last = start == first
+        is_first = end == last
+    else:
+        is_last = end == last
+        is_first = start == first
+    if BOTH:
+        # without the delta rule what it adds comes with what it keeps
+        unwanted = is_last & (block < VALUE_BLOCKS) & DELTA
+    else:
+        unwanted = is_last
+    if not START:
+        unwanted = unwanted | (is_first & is_map)
+    count = tl.where(unwanted, 0, tl.cdiv(end - start, CHUNK))
+    for c in tl.range(0, count, num_stages=STAGES):
         at = start + c * CHUNK
         if REVERSE:
-            at = start + (tl.cdiv(end - start, CHUNK) - 1 - c) * CHUNK
+            at = start + (count - 1 - c) * CHUNK
         inside = at + i < end
         far_at = at.to(tl.int64)
         ct = tl.load(col + far_at * col_n + (i[:, None] * col_n + di[None, :]), mask=inside[:, None] & (di < d)[None, :], other=0.0)
@@ -65,6 +82,10 @@ def segment_maps(
             total = tl.load(totals + where * d + di, mask=di < d, other=0.0)
             seen += total
             state = state * tl.exp2(total)[:, None]
+        elif GATE == TOKEN_LINES:
+            _into, out_of, over_all = chunk_weights(gate, gate_n, at, end, CHUNK, GATE)
+            state = state * over_all
+            new = new * out_of[:, None]
         elif GATE != NO_GATE:
             up_to, after, over_all, _high, _low = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
             seen_all += over_all
@@ -83,7 +104,7 @@ def segment_maps(
     if block == 0:
         if GATE == CHANNEL_GATE:
             tl.store(kept + place * d + di, seen, mask=di < d)
-        elif GATE != NO_GATE:
+        elif GATE != NO_GATE and GATE != TOKEN_LINES:
             tl.store(kept + place, seen_all)
 
 

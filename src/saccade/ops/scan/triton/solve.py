@@ -55,16 +55,14 @@ def half_inverse(small, below, WHICH: tl.constexpr, HALF: tl.constexpr, PRECISIO
 
 
 @triton.jit
-def up_to(gate, stride, at, begin, end, HALF: tl.constexpr, GATE: tl.constexpr):
-    """Sums of gates from the chunk's first token `at` up to each of the HALF tokens from `begin`, in powers of two."""
+def up_to(gate, at, begin, end, HALF: tl.constexpr, GATE: tl.constexpr):
+    """e^(gates) from the chunk's first token `at` up to each of the HALF tokens from `begin`; a gate a head, or the lines of `delta`."""
     i = tl.arange(0, HALF)
     if GATE == HEAD_GATE:
         g = tl.maximum(tl.load(gate).to(tl.float32), LOWEST) * LOG2E
-        return (tl.minimum(begin + i + 1, end) - at).to(tl.float32) * g
+        return tl.exp2((tl.minimum(begin + i + 1, end) - at).to(tl.float32) * g)
     else:
-        before = tl.load(gate + (at + i) * stride, mask=(at + i < begin) & (at + i < end), other=0.0).to(tl.float32)
-        own = tl.load(gate + (begin + i) * stride, mask=begin + i < end, other=0.0).to(tl.float32)
-        return (tl.sum(tl.maximum(before, LOWEST), 0) + tl.cumsum(tl.maximum(own, LOWEST), 0)) * LOG2E
+        return tl.load(gate + begin + i, mask=begin + i < end, other=0.0)
 
 
 @triton.jit
@@ -144,8 +142,8 @@ def transform(
     apply(x1.to(dtype), x2.to(dtype), x3.to(dtype), v, val_n, at, end, dv, u + here * dv, dv, BV, VALUE_BLOCKS, HALF, PRECISION)
     if GATE != NO_GATE and GATE != CHANNEL_GATE:
         gate += batch * gate_b + h.to(tl.int64) * gate_h
-        e_top = tl.exp2(up_to(gate, gate_n, at, at, end, HALF, GATE))
-        e_low = tl.exp2(up_to(gate, gate_n, at, at + HALF, end, HALF, GATE))
+        e_top = up_to(gate, at, at, end, HALF, GATE)
+        e_low = up_to(gate, at, at + HALF, end, HALF, GATE)
         x1 = x1 * e_top[None, :]
         x2 = x2 * e_top[None, :]
         x3 = x3 * e_low[None, :]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.scan.triton.inside import CHANNEL_GATE, NO_GATE, chunk_gates, matmul, matmul_add, segment_of
+from saccade.ops.scan.triton.inside import CHANNEL_GATE, NO_GATE, chunk_weights, matmul, matmul_add, segment_of
 
 
 @triton.jit
@@ -71,9 +71,9 @@ def keep_states(
             total = tl.load(totals + where * d + di, mask=di < d, other=0.0)
             state = state * tl.exp2(total)[:, None]
         elif GATE != NO_GATE:
-            _up_to, after, over_all, _high, _low = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
-            added = added * tl.exp2(after)[:, None]
-            state = state * tl.exp2(over_all)
+            _into, out_of, over_all = chunk_weights(gate, gate_n, at, end, CHUNK, GATE)
+            added = added * out_of[:, None]
+            state = state * over_all
         state = matmul_add(tl.trans(ct), added.to(ct.dtype), state, PRECISION)
 
 
@@ -118,6 +118,8 @@ def keep_state_gradients(
     else:
         state = tl.zeros([BD, BV], tl.float32)
     count = tl.cdiv(end - start, CHUNK)
+    if not KEEP:  # nobody asks what comes out of the first segment
+        count = tl.where(start == first, 0, count)
     for c in tl.range(0, count, num_stages=STAGES):
         at = start + (count - 1 - c) * CHUNK
         far_at = at.to(tl.int64)
@@ -135,9 +137,9 @@ def keep_state_gradients(
             total = tl.load(totals + where * d + di, mask=di < d, other=0.0)
             state = state * tl.exp2(total)[:, None]
         elif GATE != NO_GATE:
-            up_to, after, over_all, _high, _low = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
-            back = back * tl.exp2(after)[:, None]
-            state = state * tl.exp2(over_all)
+            into, out_of, over_all = chunk_weights(gate, gate_n, at, end, CHUNK, GATE)
+            back = back * out_of[:, None]
+            state = state * over_all
         back = matmul_add(tl.trans(pair), ot, back, PRECISION)
         if KEEP:
             tl.store(new + (here + far_at) * dv + (i[:, None] * dv + vi[None, :]), back.to(new.dtype.element_ty), mask=inside & v_in)
@@ -147,7 +149,7 @@ def keep_state_gradients(
         if GATE == CHANNEL_GATE:
             read = ot
         elif GATE != NO_GATE:
-            read = (ot.to(tl.float32) * (tl.exp2(up_to) * scale)[:, None]).to(ot.dtype)
+            read = (ot.to(tl.float32) * (into * scale)[:, None]).to(ot.dtype)
         else:
             read = (ot.to(tl.float32) * scale).to(ot.dtype)
         state = matmul_add(tl.trans(rt), read, state, PRECISION)

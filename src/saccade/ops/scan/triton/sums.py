@@ -42,8 +42,9 @@ def in_parts(x, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         return x, x
     else:
-        high = x.to(tl.bfloat16)
-        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+        # cut off, not rounded: what is left is known from bits, and both parts are turned into bfloat16 in pairs
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 
 
 @triton.jit
@@ -53,3 +54,12 @@ def sums(ones, high, low, PRECISION: tl.constexpr):
         return matmul(ones, high, PRECISION)
     else:
         return matmul_add(ones, high, matmul(ones, low, PRECISION), PRECISION)
+
+
+@triton.jit
+def add_sums(ones, high, low, to, PRECISION: tl.constexpr):
+    """to + ones @ x, of the parts of x."""
+    if PRECISION == "ieee":
+        return matmul_add(ones, high, to, PRECISION)
+    else:
+        return matmul_add(ones, high, matmul_add(ones, low, to, PRECISION), PRECISION)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.scan.triton.inside import NO_GATE, chunk_gates, matmul_add, segment_of
+from saccade.ops.scan.triton.inside import NO_GATE, chunk_weights, matmul_add, segment_of
 
 
 @triton.jit
@@ -79,9 +79,9 @@ def token_gradients(
     strength = tl.load(dbeta + here + token, mask=inside, other=0.0)
     if GATE != NO_GATE:
         gate += batch * gate_b + h.to(tl.int64) * gate_h
-        up_to, after, over_all, _high, _low = chunk_gates(gate, gate_n, at, end, CHUNK, GATE)
-        into = tl.exp2(up_to)[:, None]
-        out_of = tl.exp2(after)[:, None]
+        into, out_of, over_all = chunk_weights(gate, gate_n, at, end, CHUNK, GATE)
+        into = into[:, None]
+        out_of = out_of[:, None]
     from_before = tl.zeros([CHUNK], tl.float32)
     to_behind = tl.zeros([CHUNK], tl.float32)
     through = 0.0
@@ -123,5 +123,5 @@ def token_gradients(
     tl.store(dbeta + here + token, strength, mask=inside)
     if GATE_GRAD:
         given = tl.load(dgate + here + token, mask=inside, other=0.0)
-        given += tl.cumsum(from_before, 0, reverse=True) + tl.cumsum(to_behind, 0) - to_behind + through * tl.exp2(over_all)
+        given += tl.cumsum(from_before, 0, reverse=True) + tl.cumsum(to_behind, 0) - to_behind + through * over_all
         tl.store(dgate + here + token, given, mask=inside)
