@@ -12,6 +12,7 @@ from torch import Tensor
 from saccade.core import Selection
 
 WAITING = 256  # single queries whose lists are counted together
+LOOKED_INTO = 1 << 24  # keys that are looked up among rows at a time
 
 
 class Lengths(NamedTuple):
@@ -171,26 +172,51 @@ def computed_pairs(n_q: int, n_k: int, selection: Selection | None, options: Map
 
 
 def _listed_pairs(selection: Selection, rows: Tensor, k_positions: Tensor | None) -> float:
-    """Pairs of listed keys and rows at or after their position: the keys of a tile are looked up among its sorted rows."""
+    """Pairs of listed keys and rows at or after their position, the mean over batch and heads.
+
+    A tile whose last position no row comes before counts whole, one whose first no row reaches not at all; only tiles between, which are
+    those around a row's own place, are looked into, and single keys are looked up among the sorted rows of their tile.
+    """
     s = selection
-    tiles = (s.starts.long().unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(3)
-    tiles = tiles.masked_fill((s.starts >= s.n_k).repeat_interleave(s.block_k, -1), s.n_k)
-    lead = torch.broadcast_shapes(tiles.shape[:3], s.tokens.shape[:3])
-    ids = torch.cat([tiles.expand(*lead, -1), s.tokens.long().expand(*lead, -1)], dim=-1).clamp(max=s.n_k)
-    never = int(rows.max()) + 1 if rows.numel() else 0
-    if k_positions is None:
-        places = ids.masked_fill(ids >= s.n_k, never)
-    else:
-        table = torch.nn.functional.pad(k_positions.long(), (0, 1), value=never)
-        heads = (max(ids.shape[0], table.shape[0]), max(ids.shape[1], table.shape[1]))
-        table = table.repeat_interleave(heads[1] // table.shape[1], 1).expand(heads[0], -1, -1)
-        ids = ids.repeat_interleave(heads[1] // ids.shape[1], 1).expand(heads[0], -1, -1, -1)
-        places = torch.gather(table, -1, ids.flatten(2)).view(ids.shape)
+    ranks = [x for x in (s.starts, s.tokens, rows.unsqueeze(2), k_positions) if x is not None]
+    batch, heads = (max(x.shape[axis] for x in ranks) for axis in (0, 1))
+
+    def widened(x: Tensor) -> Tensor:
+        return x.repeat_interleave(heads // x.shape[1], 1).expand(batch, *(-1 for _ in x.shape[1:]))
+
+    starts, tokens = widened(s.starts), widened(s.tokens)
+    never = torch.iinfo(torch.int32).max
+    places = torch.arange(s.n_k, device=s.device)[None, None] if k_positions is None else k_positions
+    places = torch.nn.functional.pad(widened(places.int()), (0, s.block_k), value=never)
     # a row of padding stands before every key
-    padded = torch.nn.functional.pad(rows, (0, s.tiles * s.block_q - rows.shape[-1]), value=-1)
-    tiled = padded.unflatten(-1, (s.tiles, s.block_q)).sort(-1).values
-    heads = max(places.shape[1], tiled.shape[1])
-    batch = max(places.shape[0], tiled.shape[0])
-    places, tiled = (x.repeat_interleave(heads // x.shape[1], 1).expand(batch, -1, -1, -1) for x in (places, tiled))
-    earlier = torch.searchsorted(tiled.contiguous(), places.contiguous())
-    return float((s.block_q - earlier).sum((-1, -2)).double().mean())
+    tiled = torch.nn.functional.pad(widened(rows.int()), (0, s.tiles * s.block_q - rows.shape[-1]), value=-1)
+    tiled = tiled.unflatten(-1, (s.tiles, s.block_q)).sort(-1).values.contiguous()
+    real = (tiled >= 0).sum(-1, keepdim=True)
+    first = tiled.gather(-1, (s.block_q - real).clamp(max=s.block_q - 1))
+    total = torch.zeros((), dtype=torch.float64, device=s.device)
+    if tokens.shape[-1]:
+        ids = tokens.long().clamp(max=s.n_k)
+        at = places.gather(-1, ids.flatten(2)).view(ids.shape)
+        earlier = torch.searchsorted(tiled, at.masked_fill(tokens >= s.n_k, never))
+        total += (s.block_q - earlier).sum(dtype=torch.float64)
+    # the keys of a tile stand side by side in a window
+    begin = starts.long().clamp(max=s.n_k)
+    listed = starts < s.n_k
+    window = places.unfold(-1, s.block_k, 1)
+    size = (s.n_k - begin).clamp(max=s.block_k)
+    low, high = (_extremes(window, begin, sign, s.aligned) for sign in (-1, 1))
+    whole = listed & (size == s.block_k) & (high <= first)
+    total += (whole * size * real).sum(dtype=torch.float64)
+    b, h, t, m = (listed & ~whole & (low <= tiled[..., -1:])).nonzero(as_tuple=True)
+    for part in torch.arange(b.shape[0], device=s.device).split(max(1, LOOKED_INTO // s.block_k)):
+        keys = window[b[part], h[part], begin[b[part], h[part], t[part], m[part]]]
+        total += (s.block_q - torch.searchsorted(tiled[b[part], h[part], t[part]], keys.contiguous())).sum(dtype=torch.float64)
+    return float(total) / (batch * heads)
+
+
+def _extremes(window: Tensor, begin: Tensor, sign: int, aligned: bool) -> Tensor:
+    """The highest (sign 1) or lowest (-1) place of the tiles that begin at `begin (B, H, T, M)`; those past the end have the highest."""
+    step = window.shape[-1] if aligned else 1
+    some = window[:, :, ::step]
+    table = some.amax(-1) if sign > 0 else some.amin(-1)
+    return table.gather(-1, (begin // step).flatten(2).clamp(max=table.shape[-1] - 1)).view(begin.shape)

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from saccade.core.keymajor import KeyMajor, transpose
 from saccade.core.mass import covered_mass
-from saccade.core.tilemath import causal_pairs, cover, fill_past, list_true, mark, row_tiles
+from saccade.core.tilemath import cover, fill_past, list_true, listed_pairs, mark, row_tiles
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,12 +215,12 @@ class Selection:
     def pairs(self) -> Tensor:
         """(query, key) score pairs that are read, int64 `(B, H)`, in closed form from the lists."""
         first, last = row_tiles(self.n_q, self.block_q, self.offset, self.device)
-        first, last = first[:, None], last[:, None]
 
         def count(begin: Tensor, length: int) -> Tensor:
+            if self.causal:
+                return listed_pairs(begin, length, first, last, self.n_k, self.block_q)
             begin = begin.long()
-            end = (begin + length).clamp(max=self.n_k)
-            pairs = causal_pairs(first, last, begin, end) if self.causal else (last - first) * (end - begin)
+            pairs = (last - first)[:, None] * ((begin + length).clamp(max=self.n_k) - begin)
             return pairs.masked_fill(begin >= self.n_k, 0).sum((-1, -2))
 
         return count(self.starts, self.block_k) + count(self.tokens, 1)

@@ -58,3 +58,22 @@ def row_tiles(n_q: int, block_q: int, first_position: int, device: torch.device)
     """First and one-past-last query position of each query tile, int64 `(Tq,)` each."""
     first = torch.arange(0, n_q, block_q, device=device)
     return first + first_position, (first + block_q).clamp(max=n_q) + first_position
+
+
+def listed_pairs(ids: Tensor, length: int, first_row: Tensor, last_row: Tensor, n_k: int, rows: int) -> Tensor:
+    """Pairs (p, j) with j <= p of rows `first_row <= p < last_row (T,)`, at most `rows` of them, and keys j of `[id, id + length)`.
+
+    ids: `(B, H, T, M)` ascending and at least `length` apart, past the end n_k. int64 `(B, H)`. Lists are searched, not gone through:
+    what ends before the first row is read by every row, and only the few that reach into the tile's own rows are looked at.
+    """
+    first, last = first_row.unsqueeze(-1), last_row.unsqueeze(-1)
+    bound = (first - length + 1).to(ids.dtype).expand(*ids.shape[:3], 1).contiguous()
+    whole = torch.searchsorted(ids.contiguous(), bound, right=True)
+    seen = whole * length * (last - first)
+    some = min(ids.shape[-1], max(0, (rows + length - 3) // length + 1))
+    if some:
+        at = whole + torch.arange(some, device=ids.device)
+        begin = ids.gather(-1, at.clamp(max=ids.shape[-1] - 1)).long().masked_fill_(at >= ids.shape[-1], n_k)
+        pairs = causal_pairs(first, last, begin, (begin + length).clamp(max=n_k))
+        seen = seen + pairs.masked_fill_(begin >= n_k, 0).sum(-1, keepdim=True)
+    return seen.sum((-1, -2))
