@@ -178,7 +178,7 @@ def _maxima(
 
 def config(dim: int) -> dict[str, int]:
     """256 queries for four warps, of which each holds a tile of 64; two programs on a multiprocessor: one multiplies, the other reduces."""
-    return {"BM": 256, "BN": 64, "num_warps": 4, "num_stages": 3 if dim <= 128 else 2}
+    return {"BM": 256, "BN": 64, "num_warps": 4, "num_stages": 4 if dim <= 128 else 2}
 
 
 def supported(smooth: bool, block_q: int, block_k: int, cap: float) -> bool:
