@@ -19,6 +19,17 @@ class OutsideError(AssertionError):
     """An access to memory that no argument of the kernel has."""
 
 
+def tensors(given: Any) -> Iterator[torch.Tensor]:
+    """Those among the arguments of a kernel, in tuples and behind descriptors too."""
+    for x in given:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, tuple | list):
+            yield from tensors(x)
+        elif hasattr(x, "base"):
+            yield from tensors([x.base])
+
+
 @contextmanager
 def watched() -> Iterator[list[int]]:
     """Raises OutsideError (inside the interpreter's own error) for accesses outside; yields a list to which each access adds its size."""
@@ -44,21 +55,18 @@ def watched() -> Iterator[list[int]]:
             near = min((int(at[~inside][0]) - begin for begin, _ in ranges), key=abs)
             raise OutsideError(f"{int((~inside).sum())} of {at.size} accesses lie outside, the first {near} bytes from a tensor's start")
 
-    def watched_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        found = load(self, ptrs, mask, *rest) if not np.asarray(mask.data).any() else None
-        if found is None:
-            check(ptrs, mask, ptrs.get_element_ty().primitive_bitwidth // 8)
-            found = load(self, ptrs, mask, *rest)
-        return found
-
-    def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def watched_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         check(ptrs, mask, ptrs.get_element_ty().primitive_bitwidth // 8)
-        return store(self, ptrs, value, mask, *rest)
+        return load(self, ptrs, mask, *rest, **options)
+
+    def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(ptrs, mask, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return store(self, ptrs, value, mask, *rest, **options)
 
     def watched_call(self: Any, *args: Any, **options: Any) -> Any:
         ranges[:] = [
             (x.untyped_storage().data_ptr(), x.untyped_storage().data_ptr() + x.untyped_storage().nbytes())
-            for x in (*args, *options.values()) if isinstance(x, torch.Tensor)
+            for x in tensors((*args, *options.values()))
         ]  # fmt: skip
         return call(self, *args, **options)
 
