@@ -35,11 +35,11 @@ def test_the_watch_sees_what_lies_outside() -> None:
         _shifted[(1,)](x[1:], y, 7, -1, BLOCK=8)  # the storage is one tensor's, wherever a view of it begins
 
 
-@pytest.mark.parametrize(("gate", "delta"), [
-    pytest.param("none", False, marks=pytest.mark.slow), pytest.param("head", True, marks=pytest.mark.slow),
-    pytest.param("token", False, marks=pytest.mark.slow), pytest.param("token", True), pytest.param("channel", False, marks=pytest.mark.slow),
-    pytest.param("channel", True), pytest.param("none", True, marks=pytest.mark.slow),
-])  # fmt: skip
+SLOW = [("none", False), ("none", True), ("head", True), ("token", False), ("channel", False)]
+FORMS = [("token", True), ("channel", True), *(pytest.param(*form, marks=pytest.mark.slow) for form in SLOW)]
+
+
+@pytest.mark.parametrize(("gate", "delta"), FORMS)
 @pytest.mark.parametrize("packed", (False, pytest.param(True, marks=pytest.mark.slow)))
 def test_scan_stays_inside(gate: str, delta: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from saccade.ops.scan.triton import adjoint, launch

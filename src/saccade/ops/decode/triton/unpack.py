@@ -14,7 +14,6 @@ import triton.language as tl
 
 from saccade.ops.decode.triton.tile import narrow
 
-
 _MAGIC = 1 << 23  # a float32 of this size has no digits behind the point
 
 
@@ -62,7 +61,8 @@ def numbers(
 ):  # fmt: skip
     """Code J of each word (int16) as a number in KIND, a dtype: less OFFSET, or what the codebook says.
 
-    RAISED, for bfloat16 with ASM and fewer than 8 bits: 128 more, OFFSET not taken off; whoever multiplies takes 128 + OFFSET times the factors off.
+    RAISED, for bfloat16 with ASM and fewer than 8 bits: 128 more, OFFSET not taken off; whoever multiplies takes 128 + OFFSET times the
+    factors off.
     BOOK: 0 none, 1 one of 2^BITS entries, 2 such a one for each channel; `channel` is broadcastable to the words.
     """
     if BOOK > 0:

@@ -258,7 +258,7 @@ def strides(x: Tensor, heads: int) -> tuple[int, int, int, int]:
 
 def gate_of(w: Walk, other: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if w.lines is not None:
-        return w.lines, w.lines.stride()[:3]
+        return w.lines, (w.lines.stride(0), w.lines.stride(1), w.lines.stride(2))
     if w.gate is None:
         return other, (0, 0, 0)
     if w.gate.ndim == 1:
