@@ -56,6 +56,30 @@ def test_pairs_of_rows_and_keys_in_any_order(given: str, heads: int) -> None:
         assert loose == pytest.approx(float(listed.sum((-1, -2)).double().mean()))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_pairs_of_tiles_that_begin_anywhere(seed: int) -> None:
+    """Sizes that tiles do not fill, tiles at odd places, keys that move in their neighbourhood, as permutations in segments do."""
+    generator = torch.Generator().manual_seed(seed)
+    n_q, n_k, block = 23, 37, 8
+
+    def moved(n: int, first: int) -> Tensor:
+        near = torch.arange(n) + 12 * torch.rand(2, 4, n, generator=generator)
+        return near.argsort(-1).argsort(-1) + first
+
+    q, k = moved(n_q, n_k - n_q), moved(n_k, 0)
+    steps = torch.randint(block, 2 * block, (2, 2, 6, 4), generator=generator)
+    tokens = torch.where(torch.rand(2, 2, 6, n_k, generator=generator) < 0.2, torch.arange(n_k), n_k)
+    mixed = Selection.from_parts(
+        n_q=n_q, n_k=n_k, block_q=4, block_k=block, starts=(steps.cumsum(-1) - block).clamp(max=n_k), tokens=tokens, causal=False
+    )
+    listed = mixed.coverage().repeat_interleave(4, 2)[:, :, :n_q].repeat_interleave(2, 1)
+    for options in ({"q_positions": q, "k_positions": k}, {"q_positions": q}, {"k_positions": k}):
+        rows = options.get("q_positions", torch.arange(n_k - n_q, n_k).expand(2, 4, -1))
+        keys = options.get("k_positions", torch.arange(n_k).expand(2, 4, -1))
+        right = float((listed & seen(rows, keys)).sum((-1, -2)).double().mean())
+        assert computed_pairs(n_q, n_k, mixed, options) == pytest.approx(right)
+
+
 def test_without_causality_every_pair_counts() -> None:
     assert computed_pairs(N_Q, N_K, None, {"causal": False}) == N_Q * N_K
     assert computed_pairs(N_Q, N_K, None, {}) == N_Q * N_K - N_Q * (N_Q - 1) / 2
