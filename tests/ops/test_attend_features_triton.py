@@ -189,7 +189,7 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(part.out.sum(), wanted))
 
 
-@pytest.mark.parametrize("features", [("positions", "lengths", "sinks", "low rank"), ("sequences",)])
+@pytest.mark.parametrize("features", [pytest.param(("positions", "lengths", "sinks", "low rank"), marks=pytest.mark.slow), ("sequences",)])
 def test_the_compiler_takes_it_whole(features: tuple[str, ...]) -> None:
     """One graph with symbols for sizes, forward and backward, whose operators' fake forms agree with what runs."""
     batch = 1 if "sequences" in features else 2

@@ -91,6 +91,7 @@ def test_both_follow_the_algorithm(impl: str) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_views_are_read_where_they_lie() -> None:
     """Keys and rows with heads innermost, and every second row of a tile."""
     case = Case(sizes=(6, 15), heads=4, kv_heads=2, batch=2)

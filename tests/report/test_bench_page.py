@@ -196,6 +196,7 @@ def test_charts_and_table_in_a_browser(opened: Any) -> None:
     assert seen.complaints == [] and set(seen.requests) == {seen.url}
 
 
+@pytest.mark.slow
 def test_a_phone_in_the_dark(opened: Any) -> None:
     seen = opened(viewport={"width": 360, "height": 740}, color_scheme="dark", is_mobile=True, has_touch=True)
     assert seen.page.evaluate("document.documentElement.scrollWidth") == 360

@@ -79,7 +79,7 @@ def all_is_there(out: Path, other: tuple[dict[str, Tensor], Path], found: dict[s
 EVERY = [(stage, step) for stage, steps in STEPS.items() for step in range(1, steps + 1)]
 
 
-@pytest.mark.parametrize("places", [EVERY[4::5], pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("places", [EVERY[4::10], pytest.param(EVERY, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_killed_behind_steps_one_after_another(lolcats: tuple[dict[str, Tensor], Path], tmp_path: Path, places: list[tuple[str, int]]):
     for stage, step in places:
         killed_at(tmp_path / "run", LOLCATS, (stage, step))

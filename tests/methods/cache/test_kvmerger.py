@@ -180,6 +180,7 @@ def test_a_later_turn_is_merged_again() -> None:
         assert [sum(layer) for layer in handle.stats().kept] == [2 * 54] * 2
 
 
+@pytest.mark.slow
 def test_pocket_expects_what_it_did() -> None:
     """Half the cache in all layers. Measured, bits from dense: random 0.149, H2O 0.090, KVMerger 0.039."""
     method = "kvmerger(budget=0.5, skip_layers=())"

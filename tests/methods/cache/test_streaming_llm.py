@@ -191,6 +191,7 @@ def test_pocket_needs_its_sinks() -> None:
     assert sinks < recomputed(ids, 64, 64)
 
 
+@pytest.mark.slow
 def test_pocket_forgets_what_has_left_the_window() -> None:
     """No long-range memory: a needle is found inside the window and lost outside it."""
     ids, answers = prompts(768, (0.05, 0.95))

@@ -178,6 +178,7 @@ def test_the_pocket_model_finds_a_needle() -> None:
     assert stats.decode_density is not None and 0.1 < stats.decode_density < 0.26
 
 
+@pytest.mark.slow
 def test_codes_rank_the_pocket_models_tokens_far_above_chance() -> None:
     """Recall of the exact best sixteenth among far keys, in the layers that retrieve and their neighbours."""
     found = torch.zeros(2)

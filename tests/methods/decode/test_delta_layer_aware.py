@@ -144,6 +144,7 @@ def calibrated(spec: str = "delta-layer-aware") -> Plan:
     return saccade.calibrate(pocket(), spec, [ids_of(text.haystack(Random(seed), 1023)) for seed in range(2)])
 
 
+@pytest.mark.slow
 def test_a_calibration_plans_where_the_attention_map_turns() -> None:
     plan = calibrated()
     change = [float(plan.tensor(layer, "change")) for layer in range(8)]

@@ -242,6 +242,7 @@ def test_the_pocket_model_finds_a_needle() -> None:
     assert full_layers(plan) == 2
 
 
+@pytest.mark.slow
 def test_full_layers_grow_with_theta() -> None:
     method, plan = build(SPEC), calibrated()
     assert isinstance(method, HyLRA)
@@ -256,6 +257,7 @@ def test_full_layers_grow_with_theta() -> None:
     assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 8 and len(set(counts)) > 3
 
 
+@pytest.mark.slow
 def test_overlap_at_run_time_is_no_better_than_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reuse changes what later layers are given, so chains drift: measured on the prompt that the plan was made from."""
     prompt = needle()

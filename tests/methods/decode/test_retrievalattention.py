@@ -72,6 +72,7 @@ def inverted_lists(keys: Tensor, queries: Tensor, probes: int) -> tuple[float, f
     return recall(scanned, true), float((scanned.sum(-1) + 64).double().mean()) / keys.shape[0]
 
 
+@pytest.mark.slow
 def test_the_graph_of_queries_finds_more_with_fewer_keys_scanned() -> None:
     keys, past, later = foreign(4000)
     ours, own = key_graph(keys, past, degree=32, links=64), key_graph(keys, past[:0], degree=64, links=64)

@@ -224,6 +224,7 @@ def test_needle_is_found_with_a_tenth_of_the_tokens_fetched() -> None:
     assert stats.kv_bytes < 0.4 * dense_bytes and on_host(cache) > 0.45 * dense_bytes
 
 
+@pytest.mark.slow
 def test_the_table_setting_reads_every_digit_at_a_quarter_of_the_cache() -> None:
     """Of 8 bytes with most of a number the mean says so little that the chunk ranks below a quarter of the others."""
     codec = Codec(saccade.pocket(torch.float32, "cpu")[1])
@@ -241,6 +242,7 @@ def test_the_table_setting_reads_every_digit_at_a_quarter_of_the_cache() -> None
     assert asked("shadowkv(rank=64, budget=0.25, outliers=8)").score == 0
 
 
+@pytest.mark.slow
 def test_a_single_chunk_for_each_head_is_not_enough_for_the_needle() -> None:
     prompt = needle()
     assert told(prompt, decode="shadowkv(rank=64, budget=8, outliers=0)")[0] != prompt.answer

@@ -191,7 +191,7 @@ def acceptance(method: Decode) -> float:
     return sum(sum(map(sum, run.accepted)) for run in runs) / sum(sum(run.drafted) for run in runs)
 
 
-@pytest.mark.parametrize("budget", [64, 256])
+@pytest.mark.parametrize("budget", [64, pytest.param(256, marks=pytest.mark.slow)])
 def test_greedy_output_is_that_of_dense_attention(budget: int) -> None:
     for found, plain in zip(written(SparseToDense(budget=budget)), dense(), strict=True):
         assert torch.equal(found.tokens, plain)
@@ -204,6 +204,7 @@ def test_a_draft_cache_of_all_entries_is_always_right() -> None:
         assert found.passes == 3, "18 tokens after the prompt's own, in rounds of 5 drafts and one more"
 
 
+@pytest.mark.slow
 def test_acceptance_rises_with_the_budget_and_beats_a_window() -> None:
     few, more, window = acceptance(SparseToDense(budget=64)), acceptance(SparseToDense(budget=256)), acceptance(Window(size=256))
     assert few + 0.1 < more and window + 0.1 < more, (few, more, window)

@@ -262,6 +262,7 @@ def test_the_pocket_model_finds_a_needle(coarse: float | None) -> None:
     assert len({round(layer["decode_density"], 3) for layer in stats.per_layer}) > 4, "layers get budgets of their own"
 
 
+@pytest.mark.slow
 def test_other_labels_lose_the_needle(monkeypatch: pytest.MonkeyPatch) -> None:
     select = SqueezedAttention.select
 

@@ -232,6 +232,7 @@ def asked(b: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch
     return x, values[rows, which], holds
 
 
+@pytest.mark.slow
 def test_the_router_learns_to_keep_the_chunks_that_are_asked_for():
     """With a state that forgets within a chunk, only attention finds the pair; the noise goes to the state."""
     torch.manual_seed(2)

@@ -276,6 +276,7 @@ def test_on_the_pocket_model_a_needle_is_found_in_three_quarters_of_the_coordina
     assert found and share < 0.83
 
 
+@pytest.mark.slow
 def test_on_the_pocket_model_searched_ranks_diverge_less_than_even_ones() -> None:
     model, _ = saccade.pocket(dtype=torch.float32)
     text = [ids_of(grammar().haystack(Random(seed), 400)) for seed in (100, 101)]

@@ -285,6 +285,7 @@ def plan() -> Plan:
     return saccade.calibrate(pocket(), "minference", [streams(1, 1023)])
 
 
+@pytest.mark.slow
 def test_columns_and_diagonals_beat_the_a_shape_where_the_prompt_asks() -> None:
     """At equal pairs, on a retrieving layer and the last 256 rows of a needle prompt, four times those of the probe."""
     ids, _ = prompts(2047, (0.5,))
