@@ -107,6 +107,7 @@ def test_twenty_thousand_tokens(spec: str, size: int, asked: bool, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("spec", "size", "asked"), RUNS, ids=lambda x: x.partition("(")[0] if isinstance(x, str) else "")
+@pytest.mark.slow
 def test_a_short_run_is_taken_up_where_it_stopped(spec: str, size: int, asked: bool, tmp_path: Path) -> None:
     """The same in 300 tokens, stopped between two compressions, and from a copy in memory too."""
     model, path = tiny("llama"), tmp_path / "half.cache"

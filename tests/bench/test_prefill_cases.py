@@ -166,6 +166,7 @@ def bench(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", "prefill", *arguments], env={"COLUMNS": "300"})
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     out, page = tmp_path / "bench.json", tmp_path / "bench.html"
     asked = ["--methods", f"{SPEC}; sampleattention(alpha=0.8)", "--lengths", "256,320", "--device", "cpu", "--inputs", "structured"]

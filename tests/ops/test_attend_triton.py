@@ -119,6 +119,7 @@ def test_tiles_of_any_size_and_sharing(block_q: int, block_k: int, heads: int) -
     check(draw(50, 70), blocks(50, 70, block_q, block_k, heads=heads), grads=heads == 2)
 
 
+@pytest.mark.slow
 def test_not_causal_tiles_with_a_tail() -> None:
     check(draw(50, 70, batch=2), blocks(50, 70, 16, 32, batch=2, causal=False), grads=True)
 

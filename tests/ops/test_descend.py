@@ -77,6 +77,7 @@ def test_the_kernel_finds_what_the_plain_descent_finds(case: Case, spread: int) 
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.slow
 def test_both_follow_the_algorithm(impl: str) -> None:
     case = Case(keep=5, sizes=(3, 5, 6, 23, 40), heads=4, kv_heads=2, block=3, stride=2)
     rows, k, sizes = case.inputs()

@@ -131,6 +131,7 @@ def test_softcap_scale_and_smoothing(smooth: bool) -> None:
 
 @pytest.mark.parametrize("limit", [0.0, 2.0, math.inf])
 @pytest.mark.parametrize("selection", [None, tiles(40, 130, 48, 64, share=0.8), tiles(40, 130, 32, 32, share=0.8, causal=False, heads=2)])
+@pytest.mark.slow
 def test_skipping(selection: Selection | None, limit: float) -> None:
     q, k, v = draw(40, 130)
     q, k = q.abs(), k.abs()

@@ -206,6 +206,7 @@ def test_the_system_in_the_dark_is_followed_until_the_reader_chooses(page):
     page.wait_for_function("() => document.getElementById('theme').textContent === 'Dark'")
 
 
+@pytest.mark.slow
 def test_a_phone_never_scrolls_sideways(visit, make_result):
     made = make_result(lengths=(1024, 16384), layers=(0,), size=16)
     seen = visit(made, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)

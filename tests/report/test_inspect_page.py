@@ -149,6 +149,7 @@ PIXELS = """canvas => {
 }"""
 
 
+@pytest.mark.slow
 def test_heads_are_sorted_filtered_enlarged_and_saved(made: dict[str, Any], visit: Any, tmp_path: Path) -> None:
     seen = visit(made)
     page = seen.page

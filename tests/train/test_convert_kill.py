@@ -101,6 +101,7 @@ def test_killed_while_a_checkpoint_is_written(lolcats: tuple[dict[str, Tensor], 
     assert last is not None and int(last.name) == STEPS[stage]
 
 
+@pytest.mark.slow
 def test_killed_while_layers_are_chosen_and_while_the_result_is_saved(sala: tuple[dict[str, Tensor], Path], tmp_path: Path):
     out = tmp_path / "run"
     for where in (("choice", 2), ("tune", 3), ("weights", "")):

@@ -120,6 +120,7 @@ def test_how_many_stay():
             selected(wrong, 6)
 
 
+@pytest.mark.slow
 def test_the_choice_is_part_of_the_run_and_of_the_model(tmp_path: Path):
     model, asked, rows = teacher(num_hidden_layers=5), [], []
     measure = pretended({3: 0.5, 2: 0.1}, {}, asked)

@@ -31,22 +31,22 @@ def read_pages(ids: Tensor, page_size: int, n: int) -> Selection:
 
 def _listed(starts: Tensor, tokens: Tensor, block_k: int, n: int) -> Selection:
     starts, tokens = (x.to(torch.int32).unsqueeze(2) for x in (starts, tokens))
-    counts = [_counts(*x.shape, x.device) for x in (starts, tokens)]
+    counts = [_counts(x.shape[:3], x.shape[3], x.device) for x in (starts, tokens)]
     return Selection(
         n_q=1, n_k=n, block_q=1, block_k=block_k, starts=starts, start_counts=counts[0], tokens=tokens,
         token_counts=counts[1],
     )  # fmt: skip
 
 
-def _counts(batch: int, heads: int, tiles: int, count: int, device: torch.device) -> Tensor:
-    """`(batch, heads, tiles)` int32 of one number; made once, for steps read as much again and again."""
+def _counts(shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """int32 of a shape and one number; made once, for steps read as much again and again."""
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if captured or torch.compiler.is_compiling():  # what a graph makes is the graph's
-        return torch.full((batch, heads, tiles), count, dtype=torch.int32, device=device)
-    return _kept_counts(batch, heads, tiles, count, device)
+        return torch.full(shape, count, dtype=torch.int32, device=device)
+    return _kept_counts(tuple(shape), count, device)
 
 
 @lru_cache(maxsize=256)
-def _kept_counts(batch: int, heads: int, tiles: int, count: int, device: torch.device) -> Tensor:
+def _kept_counts(shape: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.full((batch, heads, tiles), count, dtype=torch.int32, device=device)
+        return torch.full(shape, count, dtype=torch.int32, device=device)

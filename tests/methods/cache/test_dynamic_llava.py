@@ -182,6 +182,7 @@ def test_mean_keeps_come_to_their_targets() -> None:
     assert found.tensors.keys() == plan().tensors.keys()
 
 
+@pytest.mark.slow
 def test_predictors_learn_on_the_pocket_model() -> None:
     """A few steps on facts asked for behind a text. Behind the layers that retrieve (4 and 5), rates reach their aims and a fact is found.
 

@@ -151,6 +151,7 @@ def test_full_budget_is_dense() -> None:
         assert error(logits(model, ids, steps=10), dense) < 1e-9
 
 
+@pytest.mark.slow
 def test_pocket_finds_the_needle_when_the_haystack_is_an_image() -> None:
     """A sixth of the cache. Only the needle's sentence and the question are marked as text; without marks the needle is lost."""
     ids, answers = prompts(1024, (0.4,))

@@ -279,6 +279,7 @@ def test_overlap_at_run_time_is_no_better_than_the_plan_says(monkeypatch: pytest
     assert len(seen) >= 3 and sum(online) / len(online) <= sum(offline) / len(offline), (online, offline)
 
 
+@pytest.mark.slow
 def test_a_prompt_read_by_hylra_keeps_the_needle() -> None:
     prompt, plan = needle(), calibrated()
     with saccade.attach(pocket(), prefill=SPEC, decode=SPEC, plan=plan) as handle, torch.no_grad():

@@ -172,6 +172,7 @@ def test_the_stride_keeps_the_same_queries_however_a_prompt_is_cut() -> None:
     assert kept[1].shape[2] == 34 - (45 % 3 == 0)  # a single token ends a prompt: its query is not kept
 
 
+@pytest.mark.slow
 def test_needle_is_found_and_the_device_holds_little() -> None:
     prompt = needle()
     text, stats, cache = told(prompt, decode="retrievalattention(sinks=16, window=96, top_k=48, query_stride=8, links=16, degree=12)")

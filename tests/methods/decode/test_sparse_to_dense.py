@@ -198,6 +198,7 @@ def test_greedy_output_is_that_of_dense_attention(budget: int) -> None:
     assert acceptance(SparseToDense(budget=budget)) < 1, "drafts were refused on the way"
 
 
+@pytest.mark.slow
 def test_a_draft_cache_of_all_entries_is_always_right() -> None:
     for found, plain in zip(written(SparseToDense(budget=1.0)), dense(), strict=True):
         assert found.acceptance == 1.0 and torch.equal(found.tokens, plain)

@@ -244,6 +244,7 @@ def found(method: SpAtten) -> tuple[str, saccade.Stats]:  # type: ignore[name-de
     return bytes(b - 3 for b in out[0, prompt.ids.shape[1] :].tolist() if b >= 3).decode(errors="replace"), stats
 
 
+@pytest.mark.slow
 def test_the_pocket_model_finds_a_needle() -> None:
     """It retrieves in layers 4 and 5: pruning behind them, and rows in which most fetch 8 of 12 bits, lose nothing."""
     text, stats = found(SpAtten(token_ratios=(0.2, 0.3), spared=0.7, bits=(8, 4), threshold=0.3))

@@ -270,6 +270,7 @@ def asked(b: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch
     return x, values[rows, which], holds
 
 
+@pytest.mark.slow
 def test_the_scorer_learns_to_keep_what_is_asked_for_within_the_budget():
     torch.manual_seed(1)
     g = torch.Generator().manual_seed(2)

@@ -63,6 +63,7 @@ def recall_loss(attend: str) -> float:
     return sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_attention_copies_what_the_lstm_cannot_hold():
     with_attention, without = recall_loss("all"), recall_loss("none")
     assert with_attention < 0.6 * without, (with_attention, without)

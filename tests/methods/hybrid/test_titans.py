@@ -173,6 +173,7 @@ def test_mag_and_mal_are_their_parts():
 # -- trained ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recall_beyond_the_segment_needs_the_memory():
     """Pairs of a key and a value in one segment, the keys alone in the next: attention never sees both."""
     torch.manual_seed(0)

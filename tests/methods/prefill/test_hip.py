@@ -223,6 +223,7 @@ def test_decoding_finds_what_the_prompt_s_search_finds() -> None:
     assert torch.equal(method.select(ctx, q, k, v).dense_mask(), selected(method, q, k, v).dense_mask())
 
 
+@pytest.mark.slow
 def test_generation_by_searching() -> None:
     """Dense prefill and HiP in decoding, the configuration that keeps retrieval; guesses taken back, beams, opened is dense.
 

@@ -63,6 +63,7 @@ def test_nothing_leaks_from_the_future() -> None:
         assert all(not g[:, :, t + 1 :].any() for g in gradients)
 
 
+@pytest.mark.slow
 def test_sinks_solve_what_groups_alone_do_not() -> None:
     """Say the first token at every position: one layer with sinks learns it, groups alone know it in their first group only."""
     n, size = 32, 8
