@@ -45,7 +45,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch, policy: str | None, when: str) -> Pea
 
     monkeypatch.setattr(KVLayer, "update", update)
     gc.collect()
-    with saccade.attach(model, cache=policy, when=when) as handle, LiveBytes(*model.parameters(), ids) as tensors:  # type: ignore[arg-type]
+    with saccade.attach(model, cache=policy, when=when) as handle, LiveBytes(*model.parameters(), ids) as tensors:
         cache = DynamicCache(config=model.config)
         for part in ids.split(CHUNK, 1):
             model(part, past_key_values=cache, logits_to_keep=1)

@@ -102,7 +102,7 @@ def test_sampled_output_follows_the_dense_model() -> None:
         run.exact, run.draft = exact, draft
         run.read_prompt({})
         while len(run.written) < 3:
-            run.round(SimpleNamespace(densely=nullcontext), min(2, run.room - 1))  # type: ignore[arg-type]
+            run.round(SimpleNamespace(densely=nullcontext), min(2, run.room - 1))
         accepted += run.accepted
         a, b, c = torch.stack(run.written[:3])
         counts.index_add_(0, a * 9 + b * 3 + c, torch.ones(2))

@@ -16,7 +16,7 @@ from saccade.bench.case import Settings
 from saccade.bench.prefill_inputs import Shape, concentration, make
 from saccade.bench.runner import run_cases
 from saccade.cli.main import app
-from saccade.core import Prefill
+from saccade.core import Prefill, Selection
 from saccade.methods import build
 from saccade.ops import attend
 from saccade.parts.rotary import turn
@@ -117,7 +117,7 @@ class TwoPasses(Prefill):
     info = method(SPEC).info
 
     def select(self, ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        raise NotImplementedError
+        return Selection.full(q.shape[2], k.shape[2])
 
     def attend(self, ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         half = k.shape[2] // 2

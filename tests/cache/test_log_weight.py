@@ -49,7 +49,7 @@ def run(policy: CachePolicy | None, real: Tensor | None = None, softcap: float |
     single = Single(policy)
     if softcap is not None:
         plain = single.runner.run
-        single.runner.run = lambda call, layer: plain(replace(call, softcap=softcap), layer)  # type: ignore[method-assign]
+        single.runner.run = lambda call, layer: plain(replace(call, softcap=softcap), layer)
     single.feed(q[:, :, :N], k[:, :, :N], v[:, :, :N], real)
     if policy is not None:
         single.end_prompt()
@@ -150,4 +150,4 @@ def test_what_reads_entries_one_by_one_is_refused() -> None:
 def test_fields_are_checked() -> None:
     for policy in (EMS, KVMerger):
         with pytest.raises(ValueError, match=r"weigh_counts=1\) is neither True nor False"):
-            policy(weigh_counts=1)  # type: ignore[arg-type]
+            policy(weigh_counts=1)

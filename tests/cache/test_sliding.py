@@ -143,7 +143,7 @@ def test_what_autograd_has_seen_is_not_changed() -> None:
     slots.write(0, keys=torch.zeros(1, 2, 2, 3, dtype=torch.float64))
     assert slots.to_tail() is not tail and slots.length == 8
     loss.backward()
-    assert torch.equal(keys.grad, 8 * keys.detach())  # type: ignore[arg-type]
+    assert torch.equal(keys.grad, 8 * keys.detach())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -118,7 +118,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: type[BaseExc
     measured = []
     whole = Loki.measure
 
-    def measure(self, ctx, q, k, v):  # type: ignore[no-untyped-def]
+    def measure(self, ctx, q, k, v):
         measured.append(ctx.layer)
         if len(measured) > after:
             raise error()

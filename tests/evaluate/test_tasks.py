@@ -96,7 +96,7 @@ def test_a_chain_of_variables_leads_to_its_number(hops: int) -> None:
 
 def test_hops_go_round_and_guessing_among_chains_is_known() -> None:
     task = build("variables")
-    assert [task.at(i).hops for i in range(4)] == [1, 2, 3, 1]  # type: ignore[attr-defined]
+    assert [task.at(i).hops for i in range(4)] == [1, 2, 3, 1]
     assert (task.chance, build("variables(chains=4)").chance, build("variables(chains=1)").chance) == (0.5, 0.25, 0.0)
 
 

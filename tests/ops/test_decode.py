@@ -340,7 +340,7 @@ def median_ms(run: object, times: int) -> float:
     taken = []
     for _ in range(times):
         begin = time.perf_counter()
-        run()  # type: ignore[operator]
+        run()
         taken.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(taken)
 

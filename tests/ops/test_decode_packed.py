@@ -11,7 +11,7 @@ from saccade.ops.decode import Packed, decode_quantised, quantised
 
 
 def packed(g: torch.Generator, n: int, **how: object) -> Packed:
-    return Packed.of(torch.randn(2, 2, n, 16, generator=g), **how)  # type: ignore[arg-type]
+    return Packed.of(torch.randn(2, 2, n, 16, generator=g), **how)
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_packed_restores_within_half_a_step_and_keeps_outliers() -> None:
     x = torch.randn(1, 2, 37, 24, generator=torch.Generator().manual_seed(0)).double()
     x[0, 0, 3, 5] = 40.0
     for how in ({"granularity": "channel", "group": 10}, {"granularity": "token", "group": 7}):
-        p = Packed.of(x, 4, **how)  # type: ignore[arg-type]
+        p = Packed.of(x, 4, **how)
         scale = p.scale.repeat_interleave(how["group"], dim=2 if how["granularity"] == "channel" else 3)[:, :, :37, :24]
         assert bool(((p.read(dtype=torch.float64) - x).abs() <= scale / 2 + 1e-6).all())
         assert torch.equal(p.read(5, 20, torch.float64), p.read(dtype=torch.float64)[:, :, 5:20])
-        kept = Packed.of(x, 4, outliers=0.05, **how)  # type: ignore[arg-type]
+        kept = Packed.of(x, 4, outliers=0.05, **how)
         assert abs(float(kept.read(dtype=torch.float64)[0, 0, 3, 5]) - 40.0) < 1e-9
         assert float((kept.read(dtype=torch.float64) - x).norm()) < float((p.read(dtype=torch.float64) - x).norm())
 
@@ -70,4 +70,4 @@ def test_packed_bytes_are_what_the_bits_say() -> None:
 )
 def test_packed_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Packed(**{"codes": torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "bits": 4, "dim": 8, **change})  # type: ignore[arg-type]
+        Packed(**{"codes": torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "bits": 4, "dim": 8, **change})

@@ -25,7 +25,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def filled(*args: object, **kwargs: object) -> Tensor:
-        x = empty(*args, **kwargs)  # type: ignore[call-overload]
+        x = empty(*args, **kwargs)
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", filled)
@@ -68,7 +68,7 @@ def check(got: Partial, exact: Partial, plain: Partial, logit: float = 0.0) -> N
 def compare(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> None:
     results = []
     for xs, impl in (((q, k, v), "triton"), (wide(q, k, v), "reference"), ((q, k, v), "cpu")):
-        results.append(decode(*xs, *args, return_lse=True, impl=impl, **kwargs))  # type: ignore[arg-type]
+        results.append(decode(*xs, *args, return_lse=True, impl=impl, **kwargs))
         if impl == "triton":
             assert saccade.last_run().impl == "triton"
     check(*results)
@@ -231,8 +231,8 @@ def test_compiles_in_one_graph() -> None:
     ],
 )
 def test_says_why_it_cannot_run(change: dict[str, object], message: str) -> None:
-    dim = int(change.get("dim", 64))  # type: ignore[call-overload]
-    q = torch.zeros(1, 2, 1, dim, dtype=change.get("dtype", torch.float32), device=DEVICE)  # type: ignore[arg-type]
+    dim = int(change.get("dim", 64))
+    q = torch.zeros(1, 2, 1, dim, dtype=change.get("dtype", torch.float32), device=DEVICE)
     k = torch.zeros_like(q)
     q.requires_grad_(bool(change.get("requires_grad", False)))
     with pytest.raises(ValueError, match=message):
@@ -247,13 +247,13 @@ def test_says_why_it_cannot_run(change: dict[str, object], message: str) -> None
 
 def compare_packed(q: Tensor, k: Tensor, v: Tensor, keys: dict[str, object], values: dict[str, object], **kwargs: object) -> None:
     """Against the same numbers written out: at most twice the error of plain torch attention over them in the dtype of q."""
-    K, V = Packed.of(k, **keys), Packed.of(v, **values)  # type: ignore[arg-type]
-    got = decode_quantised(q, K, V, return_lse=True, impl="triton", **kwargs)  # type: ignore[arg-type]
+    K, V = Packed.of(k, **keys), Packed.of(v, **values)
+    got = decode_quantised(q, K, V, return_lse=True, impl="triton", **kwargs)
     assert saccade.last_run().impl == "triton"
-    exact = decode_quantised(q.double(), K, V, return_lse=True, impl="reference", **kwargs)  # type: ignore[arg-type]
+    exact = decode_quantised(q.double(), K, V, return_lse=True, impl="reference", **kwargs)
     # where keys are rotated the product is taken over rotated numbers, and rounds as those do
     rows = hadamard(q) if K.rotated else q
-    plain = decode(rows, K.read_stored(dtype=q.dtype), V.read_stored(dtype=q.dtype), return_lse=True, impl="cpu", **kwargs)  # type: ignore[arg-type]
+    plain = decode(rows, K.read_stored(dtype=q.dtype), V.read_stored(dtype=q.dtype), return_lse=True, impl="cpu", **kwargs)
     check(got, exact, Partial(hadamard(plain.out) if V.rotated else plain.out, plain.lse), _logit_error(rows, K))
 
 
@@ -333,7 +333,7 @@ def test_constant_channels_and_tokens_have_no_scale() -> None:
 def test_says_what_packing_it_does_not_take(q_dtype: torch.dtype, keys: dict[str, object], message: str) -> None:
     x = random(0, 1, 1, 50, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match=message):
-        decode_quantised(x[:, :, :1].to(q_dtype), Packed.of(x, **keys), Packed.of(x, 4), impl="triton")  # type: ignore[arg-type]
+        decode_quantised(x[:, :, :1].to(q_dtype), Packed.of(x, **keys), Packed.of(x, 4), impl="triton")
 
 
 @pytest.mark.parametrize("n", [2, 64, 1024])

@@ -38,7 +38,7 @@ class Case:
         return rows.to(DEVICE, dtype), k.to(DEVICE, dtype)[:, :, :n_k], torch.tensor(self.sizes)
 
     def find(self, rows: Tensor, k: Tensor, sizes: Tensor, impl: str) -> Tensor:
-        return descend_tree(rows, k, sizes, self.keep, first=self.first, block=self.block, stride=self.stride, impl=impl)  # type: ignore[arg-type]
+        return descend_tree(rows, k, sizes, self.keep, first=self.first, block=self.block, stride=self.stride, impl=impl)
 
 
 def plain(case: Case, rows: Tensor, k: Tensor, size: int) -> list[int]:

@@ -141,7 +141,7 @@ def test_four_bits_estimate_logits_and_smoothing_survives_outlier_channels() -> 
 
     def error(q: torch.Tensor, k: torch.Tensor, **how: object) -> float:
         want = estimate.tile_maxima(q.double(), k.double(), 1, 1, causal=False)
-        got = estimate.tile_maxima(q, k, 1, 1, causal=False, **how)  # type: ignore[arg-type]
+        got = estimate.tile_maxima(q, k, 1, 1, causal=False, **how)
         return float((got - want).norm() / want.norm())
 
     toward = torch.randn(64, generator=g)
@@ -267,7 +267,7 @@ def choices(draw: st.DrawFn) -> tuple[torch.Tensor, TileGrid, dict[str, object],
     limit: object = {"count": draw(st.integers(0, 8)), "mass": draw(st.sampled_from([0.25, 0.5, 0.75, 1.0])), "threshold": 0.25}[rule]
     if draw(st.booleans()):
         dtype = torch.int64 if rule == "count" else torch.float64
-        limit = torch.full((2, 1, grid.rows), limit, dtype=dtype)  # type: ignore[arg-type]
+        limit = torch.full((2, 1, grid.rows), limit, dtype=dtype)
     return scores, grid, options, rule, limit
 
 
@@ -278,11 +278,11 @@ CHOOSE = {"count": choose_top_k, "mass": choose_top_p, "threshold": choose_thres
 @given(choices())
 def test_choosing_equals_going_through_the_tiles(problem: tuple[torch.Tensor, TileGrid, dict[str, object], str, object]) -> None:
     scores, grid, options, rule, limit = problem
-    got = CHOOSE[rule](scores, limit, grid, **options)  # type: ignore[operator]
+    got = CHOOSE[rule](scores, limit, grid, **options)
     visible = [[bool(v) for v in row] for row in grid.visible()]
-    must = grid.forced(int(options["sinks"]), int(options["local"])).expand(scores.shape)  # type: ignore[call-overload]
-    must = must | options.get("forced", torch.zeros(1, 1, 1, 1, dtype=torch.bool))  # type: ignore[operator]
-    number = float(limit.flatten()[0]) if isinstance(limit, torch.Tensor) else float(limit)  # type: ignore[arg-type]
+    must = grid.forced(int(options["sinks"]), int(options["local"])).expand(scores.shape)
+    must = must | options.get("forced", torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+    number = float(limit.flatten()[0]) if isinstance(limit, torch.Tensor) else float(limit)
     nan_free = not bool(scores.isnan().any())
     for b, heads in enumerate(tiles_of(got)):
         for h, rows in enumerate(heads):

@@ -46,7 +46,7 @@ def test_maxima_of_codes_in_all_shapes(case: tuple[int, ...]) -> None:
     for causal in (True, False):
         found = [
             estimate.tile_maxima(
-                q, k, block_q, block_k, bits=bits, group=group, relative_to=base, causal=causal, impl=impl,  # type: ignore[arg-type]
+                q, k, block_q, block_k, bits=bits, group=group, relative_to=base, causal=causal, impl=impl,
             )
             for impl in ("triton", "reference")
         ]  # fmt: skip
@@ -72,9 +72,9 @@ def test_every_estimate_keeps_to_its_reach(how: dict[str, float]) -> None:
     q, k, _ = tensors(2, 1, 60, 70, 16)
     reach = torch.tensor([0, 16, 32, 48], device=DEVICE)
     asked = torch.arange(5, device=DEVICE) * 16 < reach[:, None]
-    whole = estimate.tile_maxima(q, k, 16, 16, **how)  # type: ignore[arg-type]
+    whole = estimate.tile_maxima(q, k, 16, 16, **how)
     for impl in ("triton", "reference"):
-        found = estimate.tile_maxima(q, k, 16, 16, reach=reach, impl=impl, **how)  # type: ignore[arg-type]
+        found = estimate.tile_maxima(q, k, 16, 16, reach=reach, impl=impl, **how)
         assert bool((found[..., ~asked] == -torch.inf).all())
         near(found[..., asked], whole[..., asked])
 
@@ -82,7 +82,7 @@ def test_every_estimate_keeps_to_its_reach(how: dict[str, float]) -> None:
 def test_few_programs_share_the_keys() -> None:
     """A short chunk before many keys: the keys of a run of queries go to several programs."""
     q, k, base = tensors(1, 1, 20, 900, 32)
-    found = [estimate.tile_maxima(q, k, 16, 32, bits=4, group=32, relative_to=base, impl=impl) for impl in ("triton", "reference")]  # type: ignore[arg-type]
+    found = [estimate.tile_maxima(q, k, 16, 32, bits=4, group=32, relative_to=base, impl=impl) for impl in ("triton", "reference")]
     near(*found)
 
 

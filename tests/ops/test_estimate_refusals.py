@@ -34,7 +34,7 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match="expected a bool mask"):
         choose_threshold(scores, 0.0, grid, forced=scores)
     with pytest.raises(ValueError, match="bits=3 is not 4, 8 or None"):
-        estimate.tile_maxima(q, k, 4, 4, bits=3)  # type: ignore[arg-type]
+        estimate.tile_maxima(q, k, 4, 4, bits=3)
     with pytest.raises(ValueError, match="relative_to"):
         estimate.tile_maxima(q, k, 4, 4, relative_to=torch.zeros(8))
     with pytest.raises(ValueError, match="stride 3 does not divide"):
@@ -46,7 +46,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="scale -1 must be positive"):
         estimate.tile_maxima(q, k, 4, 4, scale=-1)
     with pytest.raises(ValueError, match="impl 'cuda' is not one of"):
-        estimate.pool_blocks(q, 4, impl="cuda")  # type: ignore[arg-type]
+        estimate.pool_blocks(q, 4, impl="cuda")
     with pytest.raises(ValueError, match="block=0"):
         estimate.pool_blocks(q, 0)
     with pytest.raises(ValueError, match="do not fit queries"):

@@ -29,7 +29,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plain = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
-        x = plain(*args, **kwargs)  # type: ignore[call-overload]
+        x = plain(*args, **kwargs)
         return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(101)
 
     monkeypatch.setattr(torch, "empty", empty)
@@ -41,7 +41,7 @@ def tensors(heads: int, kv_heads: int, n_q: int, n_k: int, dim: int, dtype: torc
     batch = 1 if n_q > 60 else 2
     q, k = torch.randn(batch, heads, n_q, dim, generator=g), torch.randn(batch, kv_heads, n_k, dim, generator=g) + 0.3
     # heads between tokens, as models hold them
-    return (x.transpose(1, 2).contiguous().transpose(1, 2).to(DEVICE, dtype) for x in (q, k))  # type: ignore[return-value]
+    return (x.transpose(1, 2).contiguous().transpose(1, 2).to(DEVICE, dtype) for x in (q, k))
 
 
 def agree(got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor) -> None:
@@ -116,7 +116,7 @@ def test_tile_maxima_of_few_bits(case: tuple[int, int, int, int, int, torch.dtyp
     for smooth, group, block_k in ((True, 1, 32), (False, 8, 4)):
 
         def run(q: torch.Tensor, k: torch.Tensor, impl: str, s: bool = smooth, g: int = group, b: int = block_k) -> torch.Tensor:
-            return estimate.tile_maxima(q, k, 64, b, bits=bits, smooth=s, group=g, impl=impl)  # type: ignore[arg-type]
+            return estimate.tile_maxima(q, k, 64, b, bits=bits, smooth=s, group=g, impl=impl)
 
         got, want = run(q, k, "triton"), run(q.float(), k.float(), "reference")
         # a value half way between two steps may go either way; otherwise the integers are the same
@@ -205,8 +205,8 @@ def test_pooled_choice_end_to_end_and_again() -> None:
     grid = TileGrid.of(q, k, 16, 16)
     selections = []
     for impl in ("triton", "triton", "reference"):
-        scores = estimate.pooled_scores(q, k, 16, 16, impl=impl)  # type: ignore[arg-type]
-        selections.append(choose_top_k(scores, 0.5, grid, local=1, impl=impl))  # type: ignore[arg-type]
+        scores = estimate.pooled_scores(q, k, 16, 16, impl=impl)
+        selections.append(choose_top_k(scores, 0.5, grid, local=1, impl=impl))
     same(selections[0], selections[1])
     same(selections[0], selections[2])
     assert estimate.last_estimate().op == "choose_top_k"

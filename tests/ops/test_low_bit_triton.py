@@ -129,9 +129,11 @@ def test_softcap_scale_and_smoothing(smooth: bool) -> None:
     check(draw(16, 40), qk="fp8", scale=-0.3, smooth=smooth, softcap=3.0)
 
 
+OTHERS = (tiles(40, 130, 48, 64, share=0.8), tiles(40, 130, 32, 32, share=0.8, causal=False, heads=2))
+
+
 @pytest.mark.parametrize("limit", [0.0, 2.0, math.inf])
-@pytest.mark.parametrize("selection", [None, tiles(40, 130, 48, 64, share=0.8), tiles(40, 130, 32, 32, share=0.8, causal=False, heads=2)])
-@pytest.mark.slow
+@pytest.mark.parametrize("selection", [None, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_skipping(selection: Selection | None, limit: float) -> None:
     q, k, v = draw(40, 130)
     q, k = q.abs(), k.abs()

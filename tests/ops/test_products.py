@@ -221,9 +221,9 @@ def test_refusals() -> None:
     codes, ranges = labels(1, 2, 5, 8, 4, torch.float32)
     q = query(1, 4, 8, torch.float32)
     with pytest.raises(ValueError, match="row_products: reduce 'max' is not one of none, group_max, group_sum"):
-        row_products(q, torch.zeros(1, 2, 5, 8), reduce="max")  # type: ignore[arg-type]
+        row_products(q, torch.zeros(1, 2, 5, 8), reduce="max")
     with pytest.raises(ValueError, match="packed_products: reduce 'vote' is not one of"):
-        packed_products(q, codes, ranges, 4, 8, reduce="vote")  # type: ignore[arg-type]
+        packed_products(q, codes, ranges, 4, 8, reduce="vote")
     with pytest.raises(ValueError, match="do not hold 8 codes of 8 bits"):
         packed_products(q, codes, ranges, 8, 8)
     with pytest.raises(ValueError, match="do not hold 8 codes of 4 bits"):

@@ -73,7 +73,7 @@ def test_reference_is_the_formula(gate: str, delta: bool) -> None:
                 else:
                     s = s + torch.outer(key, value)
                 close(out[b, h, t], s.T @ q[b, h, t] / math.sqrt(8), 1e-12)
-            close(state[b, h], s, 1e-12)  # type: ignore[index]
+            close(state[b, h], s, 1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 150])
@@ -83,7 +83,7 @@ def test_chunked_equals_reference(gate: str, delta: bool, n: int) -> None:
     want, last = scan(*tensors, **options, impl="reference")
     got, state = scan(*tensors, **options, impl="chunked")
     close(got, want)
-    close(state, last)  # type: ignore[arg-type]
+    close(state, last)
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,7 +102,7 @@ def test_any_problem(
     got, state = scan(*tensors, **options, impl="chunked")
     assert got.shape == (1, max(heads), n, dv)
     close(got, want)
-    close(state, last)  # type: ignore[arg-type]
+    close(state, last)
     spread = [x.repeat_interleave(max(heads) // x.shape[1], dim=1) for x in tensors]
     close(scan(*spread, **options, impl="reference")[0], want, 0.0)
 
@@ -124,7 +124,7 @@ def test_bfloat16(gate: str, delta: bool) -> None:
     out, state = scan(*tensors, **options, impl="chunked")
     assert out.dtype == torch.bfloat16 and isinstance(state, Tensor) and state.dtype == torch.float32
     assert (out - exact).abs().max() <= 2 * naive + 1e-6
-    close(state, last, 1e-5)  # type: ignore[arg-type]
+    close(state, last, 1e-5)
 
 
 @pytest.mark.parametrize(("gate", "delta"), FORMS)
@@ -134,7 +134,7 @@ def test_gradients(gate: str, delta: bool) -> None:
     weights = torch.randn(1, 2, 100, 4, dtype=F64), torch.randn(1, 2, 5, 4, dtype=F64)
     grads = []
     for impl in ("reference", "chunked"):
-        out, state = scan(*tensors, **options, impl=impl)  # type: ignore[arg-type]
+        out, state = scan(*tensors, **options, impl=impl)
         assert isinstance(state, Tensor)
         grads.append(torch.autograd.grad((out * weights[0]).sum() + (state * weights[1]).sum(), leaves))
     for got, want in zip(grads[1], grads[0], strict=True):
@@ -165,7 +165,7 @@ def test_long_decays(gate: str, delta: bool, dtype: torch.dtype) -> None:
     got, state = scan(*tensors, **options, impl="chunked")
     if dtype == F64:
         close(got, exact)
-        close(state, last)  # type: ignore[arg-type]
+        close(state, last)
     else:
         assert torch.isfinite(got).all()
         assert (got - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-6
@@ -177,11 +177,11 @@ def test_minus_infinity_forgets(gate: str, delta: bool) -> None:
     (q, k, v), options = inputs(gate, delta, n=90)
     options["log_decay"][:, :, 37] = -math.inf
     for impl in ("reference", "chunked"):
-        out, state = scan(q, k, v, **options, impl=impl)  # type: ignore[arg-type]
+        out, state = scan(q, k, v, **options, impl=impl)
         later = {key: x[:, :, 37:] for key, x in options.items() if key != "initial_state"}
         alone, last = scan(q[:, :, 37:], k[:, :, 37:], v[:, :, 37:], **later, impl="reference")
         close(out[:, :, 37:], alone)
-        close(state, last)  # type: ignore[arg-type]
+        close(state, last)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
@@ -195,7 +195,7 @@ def test_two_halves_are_the_whole(gate: str, delta: bool, impl: Any) -> None:
         out, state = scan(q[:, :, part], k[:, :, part], v[:, :, part], **side, initial_state=state, impl=impl)
         outs.append(out)
     close(torch.cat(outs, dim=2), whole)
-    close(state, last)  # type: ignore[arg-type]
+    close(state, last)
 
 
 @pytest.mark.parametrize("normalise", [None, "sum"])
@@ -214,8 +214,8 @@ def test_steps_are_the_scan(gate: str, delta: bool, normalise: Any) -> None:
         out, state = scan_step(q[:, :, t], k[:, :, t], v[:, :, t], state, **side, normalise=normalise)
         close(out, whole[:, :, t])
     assert saccade.last_run().impl == "step"
-    for got, want in zip(state if normalise else [state], last if normalise else [last], strict=True):  # type: ignore[arg-type]
-        close(got, want)  # type: ignore[arg-type]
+    for got, want in zip(state if normalise else [state], last if normalise else [last], strict=True):
+        close(got, want)
     again, _ = scan(q[:, :, :1], k[:, :, :1], v[:, :, :1])
     assert saccade.last_run().impl == "step" and again.shape == (2, 2, 1, 6)
 
@@ -251,7 +251,7 @@ def test_packed_sequences(gate: str, delta: bool, impl: Any) -> None:
         side = {key: x if key == "log_decay" and gate == "head" else x[:, :, a:z] for key, x in options.items() if key != "initial_state"}
         alone, last = scan(q[:, :, a:z], k[:, :, a:z], v[:, :, a:z], **side, initial_state=start[i : i + 1], impl="reference")
         close(out[:, :, a:z], alone)
-        close(states[i : i + 1], last)  # type: ignore[arg-type]
+        close(states[i : i + 1], last)
 
 
 def test_forms_that_meet() -> None:
@@ -264,7 +264,7 @@ def test_forms_that_meet() -> None:
     head = torch.tensor([-0.1, -0.7], dtype=F64)
     close(scan(q, k, v, log_decay=head, impl="chunked")[0], scan(q, k, v, log_decay=head[None, :, None].expand(2, 2, 80))[0])
     _, state = scan(q, k, v, log_decay=g, beta=beta * 0, initial_state=s0, impl="chunked")
-    close(state, s0 * g.sum(-1).exp()[..., None, None])  # type: ignore[arg-type]
+    close(state, s0 * g.sum(-1).exp()[..., None, None])
 
 
 def test_the_delta_rule_overwrites() -> None:
@@ -272,9 +272,9 @@ def test_the_delta_rule_overwrites() -> None:
     k = torch.eye(8, dtype=F64).repeat(10, 1)[None, None]
     v = torch.randn(1, 1, 80, 5, dtype=F64)
     _, state = scan(k, k, v, beta=torch.ones(1, 1, 80, dtype=F64), impl="chunked")
-    close(state, v[:, :, -8:])  # type: ignore[arg-type]
+    close(state, v[:, :, -8:])
     _, total = scan(k, k, v, impl="chunked")
-    close(total, v.unflatten(2, (10, 8)).sum(2))  # type: ignore[arg-type]
+    close(total, v.unflatten(2, (10, 8)).sum(2))
 
 
 def test_scale_and_what_ran() -> None:

@@ -116,7 +116,7 @@ def test_forward_in_segments(gate: str, delta: bool, dtype: torch.dtype, short: 
     out, state = scan(*tensors, **options, impl="triton")
     assert saccade.last_run().impl == "triton" and out.dtype == dtype and isinstance(state, Tensor) and state.dtype == torch.float32
     assert error(out, exact) <= 2 * error(plain(*tensors, **options), exact) + 1e-6
-    assert error(state, last) <= (2e-6 if dtype == torch.float32 else 2e-3)  # type: ignore[arg-type]
+    assert error(state, last) <= (2e-6 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize(("gate", "delta"), FORMS)
@@ -138,7 +138,7 @@ def test_weak_gates(gate: str, delta: bool, monkeypatch: pytest.MonkeyPatch) -> 
     tensors, options = inputs(gate, delta, n=150, d=16, dv=16, heads=(1, 1, 1), strength=0.02)
     exact, last = scan(*doubled(tensors, options)[0], **doubled(tensors, options)[1], impl="reference")
     out, state = scan(*tensors, **options, impl="triton")
-    assert error(out, exact) <= 2e-6 and error(state, last) <= 2e-6  # type: ignore[arg-type]
+    assert error(out, exact) <= 2e-6 and error(state, last) <= 2e-6
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_packed_sequences(gate: str, delta: bool, short: None) -> None:
     out, state = scan(*tensors, **options, cu_seqlens=cu, impl="triton")
     assert error(out, exact) <= 2e-6
     for i in range(4):
-        assert error(state[i], last[i]) <= 2e-6  # type: ignore[index]
+        assert error(state[i], last[i]) <= 2e-6
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -185,7 +185,7 @@ def test_long_decays(gate: str, delta: bool, short: None) -> None:
     exact, _ = scan(*doubled(tensors, options)[0], **doubled(tensors, options)[1], impl="reference")
     naive, _ = scan(*tensors, **options, impl="reference")
     out, state = scan(*tensors, **options, impl="triton")
-    assert torch.isfinite(out).all() and torch.isfinite(state).all()  # type: ignore[arg-type]
+    assert torch.isfinite(out).all() and torch.isfinite(state).all()
     assert (out - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-6
 
 
@@ -205,7 +205,7 @@ def gradients(
     if wide:
         tensors, options = doubled(tensors, options)
     leaves = [x.detach().clone().requires_grad_() for x in (*tensors, *options.values())]
-    out, state = scan(*leaves[:3], **dict(zip(options, leaves[3:], strict=True)), impl=impl, **more)  # type: ignore[arg-type]
+    out, state = scan(*leaves[:3], **dict(zip(options, leaves[3:], strict=True)), impl=impl, **more)
     assert isinstance(state, Tensor)
     loss = (out.to(state.dtype) * weights[0].to(state.dtype)).sum() + (state * weights[1].to(state.dtype)).sum()
     return list(torch.autograd.grad(loss, leaves))
@@ -290,8 +290,8 @@ def test_gradient_of_the_state_alone_and_of_some_inputs(delta: bool, short: None
     wide = k.detach().double().requires_grad_()
     more = doubled([], options)[1]
     _, want = scan(q.double(), wide, v.double(), **more, impl="reference")
-    got = torch.autograd.grad(state.square().sum(), k)[0]  # type: ignore[union-attr]
-    assert error(got, torch.autograd.grad(want.square().sum(), wide)[0]) <= 1e-5  # type: ignore[union-attr]
+    got = torch.autograd.grad(state.square().sum(), k)[0]
+    assert error(got, torch.autograd.grad(want.square().sum(), wide)[0]) <= 1e-5
 
 
 def test_layouts_and_determinism(short: None) -> None:
@@ -300,7 +300,7 @@ def test_layouts_and_determinism(short: None) -> None:
     out, state = scan(q, k, v, **options, impl="triton")
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     again, same = scan(*turned, **options, impl="triton")
-    assert torch.equal(out, again) and torch.equal(state, same)  # type: ignore[arg-type]
+    assert torch.equal(out, again) and torch.equal(state, same)
 
 
 @pytest.mark.parametrize(("gate", "delta"), [("token", False), ("channel", True)])
@@ -353,7 +353,7 @@ def test_long_sequences(gate: str, delta: bool) -> None:
     out, state = scan(*tensors, **options)
     assert saccade.last_run().impl == "triton"
     assert error(out, exact) <= 2 * error(plain(*tensors, **options), exact) + 1e-6
-    assert error(state, last) <= 1e-2  # type: ignore[arg-type]
+    assert error(state, last) <= 1e-2
     ends = [0, 100, 3000, 5000]
     packed, _ = scan(*tensors, **{k: x for k, x in options.items() if k != "initial_state"}, cu_seqlens=torch.tensor(ends, device=DEVICE))
     for a, z in pairwise(ends):

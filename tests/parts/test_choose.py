@@ -11,7 +11,7 @@ weights = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 
 
 def kept(scores: list[float], budget: object) -> list[int]:
-    return choose(torch.tensor(scores).double(), budget).nonzero().flatten().tolist()  # type: ignore[arg-type]
+    return choose(torch.tensor(scores).double(), budget).nonzero().flatten().tolist()
 
 
 @given(weights)

@@ -22,8 +22,8 @@ def test_same_as_the_general_estimate(monkeypatch: pytest.MonkeyPatch, n_q: int,
     lse = torch.randn(2, 6, n_q, generator=generator, dtype=torch.float64)
     tiles = -(-n_q // 64)
     reach = (torch.arange(tiles) * 64 + n_k - n_q - 50).clamp(min=0) // 32 * 32
-    found = rounded_maxima(q, k, 64, 32, reach, bits=bits, group=group, relative_to=lse, scale=0.25, softcap=softcap)  # type: ignore[arg-type]
-    whole = tile_maxima(q, k, 64, 32, bits=bits, group=group, relative_to=lse, scale=0.25, softcap=softcap)  # type: ignore[arg-type]
+    found = rounded_maxima(q, k, 64, 32, reach, bits=bits, group=group, relative_to=lse, scale=0.25, softcap=softcap)
+    whole = tile_maxima(q, k, 64, 32, bits=bits, group=group, relative_to=lse, scale=0.25, softcap=softcap)
     asked = torch.arange(whole.shape[-1]) * 32 < reach[:, None]
     assert bool(asked.any()) and (found - whole)[..., asked].abs().max() < 1e-12
     assert bool((found[..., ~asked] == -torch.inf).all())

@@ -106,7 +106,7 @@ def test_where_the_mass_comes_from_is_said(made: dict[str, Any]) -> None:
 
 def test_what_is_no_inspection_is_refused(made: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="is a dict, as read from its JSON file, not list"):
-        render_page([])  # type: ignore[arg-type]
+        render_page([])
     with pytest.raises(ValueError, match=r"has schema 'saccade\.compare/1'"):
         render_page({**made, "schema": "saccade.compare/1"})
     with pytest.raises(ValueError, match="holds no heads"):

@@ -71,6 +71,6 @@ def run_child(out: str, to: str, marker: str, where: tuple[str, int | str]) -> N
             hang()
         real_remove(path, ignore_errors=ignore_errors)
 
-    checkpoint.save_file, checkpoint.os.replace, checkpoint.shutil.rmtree = save, replace, remove  # type: ignore[assignment]
+    checkpoint.save_file, checkpoint.os.replace, checkpoint.shutil.rmtree = save, replace, remove
     assert module.os.replace is replace
     run(Path(out), to, progress)

@@ -83,5 +83,5 @@ def run_child(changes: dict[str, Any], out: str, stage: str = "", marker: str = 
         real_remove(path, ignore_errors=ignore_errors)
 
     if stage:
-        checkpoint.save_file, checkpoint.os.replace, checkpoint.shutil.rmtree = save, replace, remove  # type: ignore[assignment]
+        checkpoint.save_file, checkpoint.os.replace, checkpoint.shutil.rmtree = save, replace, remove
     train(tiny(**changes), out)

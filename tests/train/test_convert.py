@@ -40,7 +40,7 @@ def batches(step: int, rows: int) -> Tensor:
 
 def settings(out: Path, **options: object) -> ConvertConfig:
     given = {"to": "lolcats(window=4)", "out": out, "transfer_steps": 6, "lora_steps": 4, "batch": 4, "rows": 2, "every": 2}
-    return ConvertConfig(**{**given, **options})  # type: ignore[arg-type]
+    return ConvertConfig(**{**given, **options})
 
 
 @pytest.mark.parametrize("options", [{}, {"attention_bias": False, "tie_word_embeddings": False, "head_dim": 16}])

@@ -84,7 +84,7 @@ def test_exam_matches_the_number_of_hops(grammar: Grammar):
 def test_needle_depths(grammar: Grammar):
     for depth in (0.1, 0.5, 0.9):
         text = b"".join(p.text for p in exams.needles(grammar, Random(1), 4000, depths=[depth]))
-        assert abs(re.search(rb"\nThe ", text).start() / len(text) - depth) < 0.05  # type: ignore[union-attr]
+        assert abs(re.search(rb"\nThe ", text).start() / len(text) - depth) < 0.05
     with pytest.raises(ValueError, match="2 depths were given for 1 needles"):
         exams.needles(grammar, Random(1), 4000, depths=[0.1, 0.2])
 

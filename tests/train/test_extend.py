@@ -44,7 +44,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(start: Path, out: Path, **changes: object) -> ExtendConfig:
     given = {"start": start, "out": out, "context": 160, "steps": 6, "batch": 2, "rate": 3e-3, "warmup": 2, "device": "cpu", **changes}
-    return ExtendConfig(**given)  # type: ignore[arg-type]
+    return ExtendConfig(**given)
 
 
 def ids_of(n: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_what_is_trained(start: Path, tmp_path: Path) -> None:
         model = load_stretched(settings(start, tmp_path))
         if adapt != "full":
             add_adapters(model, 4, 8)
-        choose_trainable(model, adapt)  # type: ignore[arg-type]
+        choose_trainable(model, adapt)
         names[adapt] = {name for name, p in model.named_parameters() if p.requires_grad}
         if adapt == "full":
             assert names[adapt] == {name for name, _ in model.named_parameters()}
@@ -139,7 +139,7 @@ def test_wrong_settings_are_refused(start: Path, tmp_path: Path) -> None:
         ({"method": "longlora(groups=0)"}, "groups=0"), ({"start": tmp_path}, "holds no saved model"),
     ):
         with pytest.raises(ValueError, match=message):
-            settings(start, tmp_path, **changes) if "start" not in changes else settings(changes["start"], tmp_path)  # type: ignore[arg-type]
+            settings(start, tmp_path, **changes) if "start" not in changes else settings(changes["start"], tmp_path)
     with pytest.raises(ValueError, match="too few for sequences"):
         windows(ids_of(100), 160, 0)
     (tmp_path / "other.safetensors").write_bytes(b"nothing")

@@ -35,10 +35,10 @@ class Oracle:
 
 def test_score_counts_whole_answers_or_bytes(grammar: Grammar):
     pieces = exams.needles(grammar, Random(0), 400)
-    assert report.score(Oracle(), pieces, 400, part=False) == 1.0  # type: ignore[arg-type]
-    assert report.score(Oracle(wrong=3), pieces, 400, part=False) == 0.0  # type: ignore[arg-type]
+    assert report.score(Oracle(), pieces, 400, part=False) == 1.0
+    assert report.score(Oracle(wrong=3), pieces, 400, part=False) == 0.0
     answer = max(pieces, key=lambda p: p.weight).text
-    found = report.score(Oracle(wrong=3), pieces, 400, part=True)  # type: ignore[arg-type]
+    found = report.score(Oracle(wrong=3), pieces, 400, part=True)
     assert found == pytest.approx(1 - 1 / len(answer))
 
 
@@ -47,13 +47,13 @@ def test_bits_of_a_uniform_model(grammar: Grammar):
         def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
             return SimpleNamespace(logits=torch.zeros(*ids.shape, 320))
 
-    assert report.bits_per_byte(Uniform(), grammar.text, 256, 3) == pytest.approx(math.log2(320))  # type: ignore[arg-type]
+    assert report.bits_per_byte(Uniform(), grammar.text, 256, 3) == pytest.approx(math.log2(320))
     with pytest.raises(ValueError, match="do not fit"):
-        report.bits_per_byte(Uniform(), b"short", 256, 3)  # type: ignore[arg-type]
+        report.bits_per_byte(Uniform(), b"short", 256, 3)
 
 
 def test_shape_of_the_scores(grammar: Grammar):
-    scores = report.exam_scores(Oracle(), grammar, lengths=(384,), samples=3)  # type: ignore[arg-type]
+    scores = report.exam_scores(Oracle(), grammar, lengths=(384,), samples=3)
     assert set(scores) == {"needle", "needle of four", "dictionary", "copy", "variables"}
     assert all(rows["384"]["score"] == 1.0 and rows["384"]["samples"] == 3 for rows in scores.values())
     assert set(scores["variables"]["384"]["groups"]) == {"hops 1", "hops 2", "hops 3"}

@@ -87,6 +87,15 @@ class QuantisedSegment(Segment):
     def side_bytes(self) -> int:
         return sum(_bytes(x) for x in self._side.values())
 
+    @property
+    def stores(self) -> tuple[ClassStore, ...]:
+        """What each class of slots is stored in."""
+        return tuple(self._stores)
+
+    def classes(self) -> Tensor:
+        """The class of each slot, an index into `stores`: `(B, H or 1, n)`."""
+        return self._members.read(0, self.length)[0]
+
     # -- reading -----------------------------------------------------------------------------------------------------------
 
     def read(self, begin: int, end: int) -> Rectangle:

@@ -132,9 +132,9 @@ def _(segment: PartedSegment) -> Tensor:
 @bits_of.register
 def _(segment: QuantisedSegment) -> Tensor:
     heads = len(segment.lengths()[0])
-    classes = segment._members.read(0, segment.length)[0][0].long().expand(heads, -1).cpu()
-    sizes = torch.zeros(2, len(segment._stores))
-    for i, one in enumerate(segment._stores):
+    classes = segment.classes()[0].long().expand(heads, -1).cpu()
+    sizes = torch.zeros(2, len(segment.stores))
+    for i, one in enumerate(segment.stores):
         kinds = ((one.keys, one.dims[0]), (one.values, one.dims[1]))
         sizes[:, i] = torch.tensor([8 * x.numel() * x.element_size() / max(1, heads * x.shape[2] * dim) for x, dim in kinds])
     return sizes[:, classes]

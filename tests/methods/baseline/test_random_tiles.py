@@ -73,4 +73,4 @@ def test_everything_is_dense_attention() -> None:
 ])  # fmt: skip
 def test_bad_fields_are_refused(fields: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        RandomTiles(**fields)  # type: ignore[arg-type]
+        RandomTiles(**fields)

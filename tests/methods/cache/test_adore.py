@@ -44,7 +44,7 @@ def plan() -> Plan:
 
 
 def positions(c: DynamicCache, layer: int = 0) -> list[int]:
-    found = c.layers[layer].positions()  # type: ignore[attr-defined]
+    found = c.layers[layer].positions()
     assert bool((found == found[:1, :1]).all()), "one list for all heads"
     return found[0, 0].tolist()
 
@@ -93,7 +93,7 @@ def test_a_rebuilt_key_is_the_first_one_in_layer_0_and_sees_todays_cache_above()
                 new = getattr(c.layers[layer], side)[:, :, after.index(place)]
                 old = getattr(dense.layers[layer], side)[:, :, place]
                 assert torch.allclose(new, old, atol=1e-12) == same, (place, layer)
-    states = c.layers[0].sequence(None)[STATES]  # type: ignore[attr-defined]
+    states = c.layers[0].sequence(None)[STATES]
     sigma = controller().importance(states[:, :60], states[:, 60:61])[0, 0]
     dropped = [j for j in range(60) if j not in before]
     assert back == sorted(sorted(dropped, key=lambda j: -float(sigma[j]))[:5]), "those with the highest sigma"
@@ -106,12 +106,12 @@ def test_release_keeps_the_newest_and_the_highest_sigma() -> None:
         c = llama()(ids).past_key_values
         handle.compress()
         for i in range(4):
-            states = c.layers[0].sequence(None)[STATES]  # type: ignore[attr-defined]
+            states = c.layers[0].sequence(None)[STATES]
             newest = 59 + i
             sigma = controller().importance(states, states[:, -1:])[:, 0]
             assert states.shape == (2, 60 + i, 16)
             for row in range(2):
-                here = c.layers[1].positions()[row, 0].tolist()  # type: ignore[attr-defined]
+                here = c.layers[1].positions()[row, 0].tolist()
                 assert here == sorted(here) and here[-8:] == list(range(newest - 7, newest + 1)) and len(here) == 24
                 if i == 0:
                     best = sigma[row, : newest - 7].topk(16).indices.sort().values.tolist()
@@ -323,7 +323,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Adore(**fields)  # type: ignore[arg-type]
+        Adore(**fields)
 
 
 @torch.no_grad()

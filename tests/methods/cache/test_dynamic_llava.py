@@ -219,7 +219,7 @@ def test_predictors_learn_on_the_pocket_model() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DynamicLlava(**fields)  # type: ignore[arg-type]
+        DynamicLlava(**fields)
 
 
 def test_refuses_to_train_what_it_can_not() -> None:

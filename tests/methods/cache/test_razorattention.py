@@ -78,7 +78,7 @@ def test_later_drops_move_the_means_by_counts() -> None:
     # eight copies of the mean are what the count stands for
     copies = attend(q[:, :2], once.keys[:, :1].expand(-1, -1, 8, -1), once.values[:, :1].expand(-1, -1, 8, -1), causal=False, scale=0.5,
                     return_lse=True, impl="reference")  # fmt: skip
-    assert torch.allclose(part.out[:, :2], copies.out) and torch.allclose(part.lse[:, :2], copies.lse)  # type: ignore[arg-type]
+    assert torch.allclose(part.out[:, :2], copies.out) and torch.allclose(part.lse[:, :2], copies.lse)
     assert bool((part.lse[1, 2:] == -torch.inf).all()) and bool((part.out[1, 2:] == 0).all())
     back = both.before(5)
     assert back.counts[0, 0].item() == 4 and both.before(0).length == 0

@@ -266,4 +266,4 @@ def test_without_rotary_embedding_it_refuses() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        A2ATS(**fields)  # type: ignore[arg-type]
+        A2ATS(**fields)

@@ -47,7 +47,7 @@ def with_logits(scores: Tensor) -> Layer:
 
 def test_followers_read_the_planner_s_pages() -> None:
     layers = random_stack(7)
-    steps = run_stack(DeltaLayerAware(**SMALL), layers)  # type: ignore[arg-type]
+    steps = run_stack(DeltaLayerAware(**SMALL), layers)
     for number, (layer, step) in enumerate(zip(layers, steps, strict=True)):
         if number in (0, 1, 4):
             assert worst(step.out, dense(layer)) < 1e-13 and step.pairs == 90
@@ -120,7 +120,7 @@ def test_as_many_pages_as_there_are_equal_dense_bit_for_bit(budget: float | int)
 def test_followers_are_dense_until_the_cache_has_outgrown_the_ratio() -> None:
     fields = {**SMALL, "dense": (0,)}
     for ratio, n, pairs in ((1, 40, 40), (1, 41, 33), (2, 80, 80), (2, 81, 33)):
-        steps = run_stack(DeltaLayerAware(**fields, ratio=ratio), random_stack(2, n=n))  # type: ignore[arg-type]
+        steps = run_stack(DeltaLayerAware(**fields, ratio=ratio), random_stack(2, n=n))
         assert steps[1].pairs == (40 if pairs == 33 else pairs)
 
 
@@ -222,7 +222,7 @@ def test_random_pages_of_the_same_number_lose_the_needle(monkeypatch: pytest.Mon
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DeltaLayerAware(**fields)  # type: ignore[arg-type]
+        DeltaLayerAware(**fields)
 
 
 def test_spec_round_trip() -> None:

@@ -103,11 +103,11 @@ def test_heads_of_a_group_choose_together(reduce: Reduce, bits: int | None) -> N
     q = q[:, :, -1:]
     ends = {"channels": 0.25, "bits": bits, "sinks": 2, "recent": 3}
     ctx = context(q, k, k, plan)
-    single = DoubleSparsity(**ends)  # type: ignore[arg-type]
+    single = DoubleSparsity(**ends)
     single.observe(ctx, k, k, 0)
     scores = reduce_heads(single.label_logits(ctx, q.squeeze(2)), 3, reduce)
     scores[..., :2] = scores[..., -3:] = torch.inf
-    found = choose(DoubleSparsity(budget=30, reduce=reduce, **ends), q, k, k, plan)  # type: ignore[arg-type]
+    found = choose(DoubleSparsity(budget=30, reduce=reduce, **ends), q, k, k, plan)
     assert found.heads == (6 if reduce == "none" else 3)
     assert torch.equal(found.dense_mask().squeeze(2), best(scores, 30))
 
@@ -270,4 +270,4 @@ def test_without_a_plan_it_refuses() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        module.DoubleSparsity(**fields)  # type: ignore[arg-type]
+        module.DoubleSparsity(**fields)

@@ -74,7 +74,7 @@ TINY = HyLRA(budget=24, block=8, recent=1)
 
 def prompt_stack(depth: int, n: int = 96) -> list[Layer]:
     g = torch.Generator().manual_seed(0)
-    return [tuple(torch.randn(2, h, n, 16, generator=g, dtype=torch.float64) for h in (6, 2, 2)) for _ in range(depth)]  # type: ignore[misc]
+    return [tuple(torch.randn(2, h, n, 16, generator=g, dtype=torch.float64) for h in (6, 2, 2)) for _ in range(depth)]
 
 
 def measured(method: HyLRA, layers: list[Layer]) -> dict[int, dict[str, Tensor]]:
@@ -307,7 +307,7 @@ def test_a_prompt_read_by_hylra_keeps_the_needle() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        HyLRA(**fields)  # type: ignore[arg-type]
+        HyLRA(**fields)
 
 
 def test_without_a_plan_it_says_what_to_do() -> None:

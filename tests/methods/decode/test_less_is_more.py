@@ -42,7 +42,7 @@ def by_hand(scores: Tensor, sinks: int, chosen: int, recent: int) -> list[int]:
     ],
 )
 def test_sinks_chosen_and_recent_make_up_the_budget(fields: dict[str, float], parts: tuple[int, int, int]) -> None:
-    method = LessIsMore(start=0, correction=None, **fields)  # type: ignore[arg-type]
+    method = LessIsMore(start=0, correction=None, **fields)
     assert method.parts(90) == parts
     layers = random_stack(3, batch=3)
     chosen = run_stack(method, layers)[0].published
@@ -110,7 +110,7 @@ def test_the_unified_set_recalls_more_of_what_heads_share(signal: float) -> None
 @pytest.mark.parametrize("fields", [{"start": 0, "correction": 4}, {}])
 def test_the_pocket_model_finds_a_needle(fields: dict[str, int]) -> None:
     prompt = needle()
-    text, stats = answer(prompt, LessIsMore(budget=0.25, **fields))  # type: ignore[arg-type]
+    text, stats = answer(prompt, LessIsMore(budget=0.25, **fields))
     assert text == prompt.answer
     full = (0, 4) if fields else (0, 1, 2, 3)
     for layer in stats.per_layer:
@@ -149,7 +149,7 @@ def test_random_tokens_of_the_same_number_lose_the_needle(monkeypatch: pytest.Mo
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LessIsMore(**fields)  # type: ignore[arg-type]
+        LessIsMore(**fields)
 
 
 def test_spec_round_trip() -> None:

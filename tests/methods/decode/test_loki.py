@@ -275,7 +275,7 @@ def test_half_precision_stores_half_precision() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Loki(**fields)  # type: ignore[arg-type]
+        Loki(**fields)
 
 
 def test_spec_round_trip() -> None:

@@ -247,4 +247,4 @@ def test_the_index_is_counted_and_does_not_depend_on_the_values() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        module.MagicPig(**fields)  # type: ignore[arg-type]
+        module.MagicPig(**fields)

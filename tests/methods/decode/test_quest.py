@@ -216,7 +216,7 @@ def test_half_precision_chooses_what_full_precision_chooses() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Quest(**fields)  # type: ignore[arg-type]
+        Quest(**fields)
 
 
 def test_spec_round_trip() -> None:

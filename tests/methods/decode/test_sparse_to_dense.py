@@ -38,7 +38,7 @@ class Layer:
     def context(self, seen: int, phase: str) -> LayerContext:
         part = (self.q[:, :, :1], self.k[:, :, :seen], self.v[:, :, :seen])
         ctx = stack_context(0, 1, *part, {}, [], sequence=self.sequence, seen=seen)
-        ctx.phase = phase  # type: ignore[assignment]
+        ctx.phase = phase
         return ctx
 
     def read(self, begin: int, end: int) -> None:
@@ -225,7 +225,7 @@ def test_acceptance_rises_with_the_budget_and_beats_a_window() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SparseToDense(**fields)  # type: ignore[arg-type]
+        SparseToDense(**fields)
 
 
 def test_spec_round_trip() -> None:

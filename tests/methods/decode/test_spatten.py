@@ -14,6 +14,7 @@ from torch import Tensor
 
 import saccade
 from saccade.attach.calls import attention_calls
+from saccade.attach.stats import Stats
 from saccade.core import HeadLayout, LayerContext
 from saccade.methods import build
 from saccade.methods.decode.spatten import CASCADE, FETCHES, SpAtten
@@ -236,7 +237,7 @@ def test_without_a_cache_layers_of_one_pass_share_what_they_know() -> None:
         assert greedy(model, ids, 4, use_cache=False).shape == (1, 64)
 
 
-def found(method: SpAtten) -> tuple[str, saccade.Stats]:  # type: ignore[name-defined]
+def found(method: SpAtten) -> tuple[str, Stats]:
     prompt = needle(1024)
     with saccade.attach(pocket(), prefill=method) as handle, torch.no_grad():
         out = pocket().generate(prompt.ids, max_new_tokens=len(prompt.answer), do_sample=False)
@@ -273,7 +274,7 @@ def test_the_pocket_model_finds_a_needle() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SpAtten(**fields)  # type: ignore[arg-type]
+        SpAtten(**fields)
 
 
 def test_spec_round_trip_and_no_other_policy() -> None:

@@ -314,4 +314,4 @@ def test_taking_tokens_back_keeps_the_index_while_the_prompt_stays() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SqueezedAttention(**fields)  # type: ignore[arg-type]
+        SqueezedAttention(**fields)

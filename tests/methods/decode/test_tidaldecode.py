@@ -95,8 +95,8 @@ def test_softcap_and_half_precision_in_a_searching_layer() -> None:
     for dtype, allowed in ((torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)):
         cast = [tuple(x.to(dtype) for x in layer) for layer in layers]
         for softcap in (None, 1.5):
-            plain = run_stack(TidalDecode(start=9), cast, softcap=softcap)[0].out  # type: ignore[arg-type]
-            own = run_stack(TidalDecode(budget=9, start=0), cast, softcap=softcap)[0].out  # type: ignore[arg-type]
+            plain = run_stack(TidalDecode(start=9), cast, softcap=softcap)[0].out
+            own = run_stack(TidalDecode(budget=9, start=0), cast, softcap=softcap)[0].out
             assert own.dtype == dtype and worst(own.double(), plain.double()) < allowed
 
 
@@ -220,7 +220,7 @@ def test_cache_correction_from_outside() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TidalDecode(**fields)  # type: ignore[arg-type]
+        TidalDecode(**fields)
 
 
 def test_spec_round_trip() -> None:

@@ -153,7 +153,7 @@ def test_repairs_lower_the_error_at_equal_k(sdc: Any) -> None:
     dense = saccade.attention(q, k, v)
     errors = {}
     for name, options in {"plain": BARE, "sdc": {"sdc": sdc, "vmc": False}, "both": {"sdc": sdc}, "vmc": {"sdc": None}}.items():
-        method = TopTheta(k=24, c=0.0, every=20, **options)  # type: ignore[arg-type]
+        method = TopTheta(k=24, c=0.0, every=20, **options)
         gap = run(method, q, k, v, plan_of(method, *samples)) - dense
         errors[name] = float(gap[:, :, 100:].norm(dim=-1).mean())
     assert errors["both"] < 0.6 * errors["plain"]
@@ -289,4 +289,4 @@ def test_a_prompt_of_the_pocket_model_runs_thresholded() -> None:
 )
 def test_refuses(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TopTheta(**fields)  # type: ignore[arg-type]
+        TopTheta(**fields)

@@ -141,7 +141,7 @@ def test_keys_and_values_of_the_lower_half_are_a_lth_of_a_plain_decoder_s():
     for length in (2, 4, 8):
         _, state = layer(f"length={length}, shift=0")(tokens(400))
         tails = [one["values"]["kv"].layer.tail for one in state.values["blocks"].values()]
-        full = plain(tokens(400))[1].values["kv"].layer.tail  # type: ignore[union-attr]
+        full = plain(tokens(400))[1].values["kv"].layer.tail
         # and the block of padding in front
         assert all(abs(tail.keys.numel() / full.keys.numel() - 1 / length) < 1 / 300 for tail in tails)
 
@@ -261,7 +261,7 @@ def test_what_the_embedders_know_of_a_block():
     turned = x.flip(2)
     for kind, ordered in (("concat", True), ("sum", False), ("cls", True)):
         torch.manual_seed(0)
-        made = BlockEmbedder(layer().shape, 4, kind, layers=1, width=8).double()  # type: ignore[arg-type]
+        made = BlockEmbedder(layer().shape, 4, kind, layers=1, width=8).double()
         assert made(x).shape == (2, 1, 16)
         assert (error(made(x), made(turned)) > 1e-6) == ordered
         for t in range(4):

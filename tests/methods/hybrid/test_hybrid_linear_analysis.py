@@ -17,7 +17,7 @@ N, HEADS, D = 20, 4, 8
 
 def layer(kind: str, **sizes):
     torch.manual_seed(0)
-    made = saccade.mixer(HybridLinearAnalysis(kind=kind), **{"dim": 32, "heads": HEADS, "layer": 1, "layers": 4, **sizes}).double()  # type: ignore[arg-type]
+    made = saccade.mixer(HybridLinearAnalysis(kind=kind), **{"dim": 32, "heads": HEADS, "layer": 1, "layers": 4, **sizes}).double()
     for x in made.parameters():
         x.data += 0.05 * torch.randn_like(x)
     return made
@@ -122,8 +122,8 @@ def test_a_cell_builds_decodes_and_keeps_as_much_as_it_says(kind: str):
 
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match="is not one of hgrn"):
-        HybridLinearAnalysis(kind="mamba")  # type: ignore[arg-type]
+        HybridLinearAnalysis(kind="mamba")
     with pytest.raises(ValueError, match="is not one of hgrn"):
-        grid(kinds=["mamba"])  # type: ignore[list-item]
+        grid(kinds=["mamba"])
     with pytest.raises(ValueError, match="such as '3:1'"):
         grid(patterns=["3:2"])

@@ -115,7 +115,7 @@ def test_first_and_last_blocks_are_always_among_the_chosen_and_no_more_than_aske
 def choice(q: Tensor, keys: Tensor, first: int, **fields: int) -> list[list[int]]:
     """The blocks of each query of one head."""
     windows = keys.unfold(0, fields["window"], fields["stride"]).mean(-1)
-    blocks, counts = choose_blocks(q[None, None], windows[None, None], first, **fields)  # type: ignore[arg-type]
+    blocks, counts = choose_blocks(q[None, None], windows[None, None], first, **fields)
     return [row[:n].tolist() for row, n in zip(blocks[0, 0], counts[0, 0], strict=True)]
 
 

@@ -158,7 +158,7 @@ def test_no_value_from_the_future() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^anchorattention\({field}=") as caught:
-        AnchorAttention(**{field: value})  # type: ignore[arg-type]
+        AnchorAttention(**{field: value})
     assert "\n" not in str(caught.value)
 
 

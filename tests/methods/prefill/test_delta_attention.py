@@ -170,7 +170,7 @@ def test_any_prefill_method_can_be_the_base() -> None:
 @pytest.mark.parametrize("spec", ["delta-attention", "delta-attention(base='streaming-llm(sinks=4, window=2048)', gamma=32)"])
 def test_spec_round_trip(spec: str) -> None:
     assert build(spec).spec == spec
-    assert build("delta-attention").sparse == SinkWindow(sinks=1024, window=2048)  # type: ignore[attr-defined]
+    assert build("delta-attention").sparse == SinkWindow(sinks=1024, window=2048)
 
 
 @pytest.mark.parametrize(("given", "said"), [
@@ -181,7 +181,7 @@ def test_spec_round_trip(spec: str) -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(given: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        DeltaAttention(**given)  # type: ignore[arg-type]
+        DeltaAttention(**given)
     assert "\n" not in str(caught.value)
 
 

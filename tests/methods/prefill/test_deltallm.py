@@ -189,7 +189,7 @@ def test_every_pair_is_read() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^deltallm\({field}=") as caught:
-        DeltaLLM(**{field: value})  # type: ignore[arg-type]
+        DeltaLLM(**{field: value})
     assert "\n" not in str(caught.value)
 
 

@@ -238,7 +238,7 @@ def test_decoding_is_dense() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^dhsa\({field}=") as caught:
-        DHSA(**{field: value})  # type: ignore[arg-type]
+        DHSA(**{field: value})
     assert "\n" not in str(caught.value)
 
 

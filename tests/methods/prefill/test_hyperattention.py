@@ -236,7 +236,7 @@ def test_only_the_last_layers_are_sparse() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^hyperattention\({field}=") as caught:
-        HyperAttention(**{field: value})  # type: ignore[arg-type]
+        HyperAttention(**{field: value})
     assert "\n" not in str(caught.value)
 
 

@@ -198,7 +198,7 @@ def test_last_rows_may_be_dense() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^minference\({field}=") as caught:
-        MInference(**{field: value})  # type: ignore[arg-type]
+        MInference(**{field: value})
     assert "\n" not in str(caught.value)
 
 

@@ -195,7 +195,7 @@ def test_short_prompts_and_decoding_are_dense() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^pbs-attn\({field}=") as caught:
-        PBSAttention(**{field: value})  # type: ignore[arg-type]
+        PBSAttention(**{field: value})
     assert "\n" not in str(caught.value)
 
 

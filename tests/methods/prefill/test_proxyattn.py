@@ -177,7 +177,7 @@ def test_no_value_from_the_future() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(fields: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=rf"^proxyattn\(.*{said}|{said}") as caught:
-        ProxyAttn(**fields)  # type: ignore[arg-type]
+        ProxyAttn(**fields)
     assert "\n" not in str(caught.value)
 
 

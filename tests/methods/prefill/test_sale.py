@@ -54,7 +54,7 @@ def test_threshold_zero_equals_dense(n_q: int, n_k: int) -> None:
 
 def estimates(q: Tensor, k: Tensor, *, smooth: bool = True, bits: int | None = 4, group: int = 1) -> Tensor:
     """Estimated logits without each row's mean, which no softmax sees."""
-    logits = tile_maxima(q, k, 1, 1, bits=bits, smooth=smooth, group=group, causal=False)  # type: ignore[arg-type]
+    logits = tile_maxima(q, k, 1, 1, bits=bits, smooth=smooth, group=group, causal=False)
     return logits - logits.mean(-1, keepdim=True)
 
 
@@ -221,7 +221,7 @@ def test_short_prompts_and_decoding_are_dense() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^sale\({field}=") as caught:
-        SALE(**{field: value})  # type: ignore[arg-type]
+        SALE(**{field: value})
     assert "\n" not in str(caught.value)
 
 

@@ -162,7 +162,7 @@ def test_no_value_from_the_future() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^sampleattention\({field}=") as caught:
-        SampleAttention(**{field: value})  # type: ignore[arg-type]
+        SampleAttention(**{field: value})
     assert "\n" not in str(caught.value)
 
 

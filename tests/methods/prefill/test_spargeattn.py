@@ -236,7 +236,7 @@ def test_decoding_is_dense() -> None:
 ])  # fmt: skip
 def test_wrong_fields_are_refused_in_one_sentence(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^spargeattn\({field}=") as caught:
-        SpargeAttention(**{field: value})  # type: ignore[arg-type]
+        SpargeAttention(**{field: value})
     assert "\n" not in str(caught.value)
 
 

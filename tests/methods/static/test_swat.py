@@ -62,10 +62,10 @@ def test_without_logits_every_weight_is_one_half() -> None:
 
 
 def test_slopes() -> None:
-    found = {name: build(f"swat(slopes={name!r})").head_slopes(4) for name in ("balanced", "negative", "positive", "none")}  # type: ignore[attr-defined]
+    found = {name: build(f"swat(slopes={name!r})").head_slopes(4) for name in ("balanced", "negative", "positive", "none")}
     assert found["balanced"].tolist() == BALANCED and found["none"] is None
     assert found["positive"].tolist() == [2**-2, 2**-4, 2**-6, 2**-8] and torch.equal(found["negative"], -found["positive"])
-    assert SWAT().head_slopes(5).tolist() == [-0.5, -0.25, -0.125, 0.5, 0.25]  # type: ignore[union-attr]
+    assert SWAT().head_slopes(5).tolist() == [-0.5, -0.25, -0.125, 0.5, 0.25]
 
 
 def test_softmax_in_a_window_equals_the_masked_form() -> None:

@@ -88,7 +88,7 @@ def test_unknown_maps_are_refused():
 
 def recurrent(gate: Gate | None = None, normaliser: Normaliser | None = None, **options: object) -> Recurrent:
     torch.manual_seed(0)
-    return Recurrent(MixerShape(dim=16, heads=2, head_dim=8), gate=gate, normaliser=normaliser, **options).double()  # type: ignore[arg-type]
+    return Recurrent(MixerShape(dim=16, heads=2, head_dim=8), gate=gate, normaliser=normaliser, **options).double()
 
 
 def stepped(layer: Recurrent, x: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def test_bidirectional_attention_equals_its_weights_written_out(normaliser: str)
             assert torch.allclose(weights.sum(-1), torch.ones(3, n).double())
     assert not out[0, :, 9:].any()
     with pytest.raises(ValueError, match="'rows' is not known"):
-        bidir_linear(q, k, v, "rows")  # type: ignore[arg-type]
+        bidir_linear(q, k, v, "rows")
 
 
 def test_a_shared_denominator_counts_every_key_once():

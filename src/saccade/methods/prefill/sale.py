@@ -27,7 +27,6 @@ from saccade.parts.lists import run_tiles
 from saccade.parts.placed import placed
 from saccade.parts.rounded import rounded_maxima
 
-NEAR = "sale near keys"
 CANDIDATES = halvings(0.008, 1e-4)  # thresholds that the calibration tries
 
 
@@ -111,10 +110,11 @@ class SALE(Prefill, Calibrated):
 
     def _near(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """Attention over the sink tile and the local keys, which are the same for all layers of a forward pass."""
-        near = ctx.shared.get(NEAR)
-        if near is None or (near.n_q, near.n_k) != (q.shape[2], k.shape[2]) or near.device != q.device:
-            near = ctx.shared[NEAR] = self._near_keys(q.shape[2], k.shape[2], q.device)
-        return ctx.partial(q, k, v, near)
+        sizes = (self.local, self.segment, self.sinks, self.block_q, self.block_k)
+        name = f"sale near keys {sizes} {q.shape[2]} {k.shape[2]} {q.device}"
+        if name not in ctx.shared:
+            ctx.shared[name] = self._near_keys(q.shape[2], k.shape[2], q.device)
+        return ctx.partial(q, k, v, ctx.shared[name])
 
     def _near_keys(self, n_q: int, n_k: int, device: torch.device) -> Selection:
         cpu = torch.device("cpu")  # lists of a few tiles, which are checked: no device has to wait for that

@@ -51,8 +51,10 @@ class OutputNorm(Normaliser):
 
     def after(self, out: Tensor, call: Call, level: Tensor | None) -> Tensor:
         if self.over == "head":
-            weight = None if self.weight is None else self.weight.to(out.dtype)
-            return F.rms_norm(out, out.shape[-1:], weight, self.eps)
+            fits = self.weight is not None and self.weight.dtype == out.dtype
+            normed = F.rms_norm(out, out.shape[-1:], self.weight if fits else None, self.eps)
+            # weights of more digits than the activations keep them
+            return normed if fits or self.weight is None else normed * self.weight
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
         mean = wide.square().mean((1, 3), keepdim=True)
         normed = (wide * (mean + self.eps).rsqrt()).to(out.dtype)
