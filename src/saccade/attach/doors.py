@@ -40,6 +40,7 @@ def attach(
     when: Literal["prompt", "call"] = "prompt",
     impl: str = "auto",
     seed: int = 0,
+    graph: int | None = None,
 ) -> Session:
     """Run a transformers model with these methods inside a `with` block; leaving it restores the model.
 
@@ -48,6 +49,9 @@ def attach(
     when: "prompt" lets a cache policy act once the prompt has ended (before the first single token, or on
     `handle.compress()`), so a prompt in chunks gives what a prompt at once gives; "call" acts after every call, layer by layer, so
     that peak memory falls too. seed: for methods that sample.
+    graph: on a GPU, single tokens are recorded as a CUDA graph that serves so many of them (128, say): the host launches a step at once.
+    Tokens since the recording was made are then read in full beside what the methods choose or keep, and policies act when it ends.
+    Steps that can't be recorded run as before, with a warning that says why; methods that can't be are refused here.
 
     Inside the block `model(**inputs)`, `model.generate(**inputs)`, chunked prefill, beam search, padding, later turns and prompt lookup
     work as they do without it. `handle.stats()` says what ran. Raises ValueError when the model or a combination can't be attached.
@@ -55,7 +59,7 @@ def attach(
     given = {"prefill": prefill, "decode": decode, "cache": cache}
     methods: dict[str, Any] = complete({place: build(m) for place, m in given.items() if m is not None and m != "dense"})
     plans = {p.slug: p for p in _plans(plan)}
-    return Session(model, methods.get("prefill"), methods.get("decode"), methods.get("cache"), plans, when, impl, seed)
+    return Session(model, methods.get("prefill"), methods.get("decode"), methods.get("cache"), plans, when, impl, seed, graph)
 
 
 def _plans(plan: PlanLike | Iterable[PlanLike] | None) -> list[Plan]:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.attach.calls import attention_calls
-from saccade.attach.layercall import LayerCall, between_calls, hidden_of, row_of_call, rows_of, scatter
-from saccade.attach.reading import by_row, read_segment, read_tail, reading_encoded, tail_weights
+from saccade.attach.context import layer_context
+from saccade.attach.layercall import LayerCall, between_calls, row_of_call, rows_of, scatter
+from saccade.attach.reading import beside, by_row, read_segment, read_tail, reading_encoded, tail_weights
 from saccade.attach.stats import LayerStats
 from saccade.cache import CallFacts, KVLayer, PackedSegment, Segment, Slots
 from saccade.cache.mixed import MixedEntries, ragged_rows
-from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Partial, Phase, Plan, Prefill, Rotary, Selection, merge
+from saccade.cache.window import Window
+from saccade.core import CachePolicy, Decode, HeadLayout, LayerContext, Phase, Plan, Prefill, Rotary, Selection, merge
 from saccade.parts.merging import LOG_WEIGHT
 
 STEP_QUERIES = 16  # calls of up to this many queries on a filled cache are decoding (single steps or verified guesses)
@@ -40,6 +41,8 @@ class LayerRunner:
 
     def run(self, call: LayerCall, layer: KVLayer | None) -> Tensor:
         """Attention output `(B, Hq, m, Dv)`; the new tokens are already stored."""
+        if layer is not None and layer.window is not None and layer.window.running:
+            return self._in_window(call, layer, layer.window)
         if layer is not None and call.again is not None:
             again, new = call.parted()
             return torch.cat([self._run_again(again, layer), self.run(new, layer)], dim=2)
@@ -56,7 +59,7 @@ class LayerRunner:
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         if layer is not None:
             self._after(call, layer, rows)
-            self._snapshot(layer)
+            self.note_sizes(layer)
         return out
 
     def _without_cache(self, call: LayerCall, row: int | None) -> Tensor:
@@ -178,6 +181,37 @@ class LayerRunner:
             outs.append(self._step(step, layer, q[:, :, i : i + 1], entries, row))
         return torch.cat(outs, dim=2)
 
+    def _in_window(self, call: LayerCall, layer: KVLayer, window: Window) -> Tensor:
+        """A step that may be recorded: the entries from before the window as the method reads them, and all of the window's."""
+        q, (k, v) = call.q, window.frozen
+        if self.watches:
+            window.ask(q)
+        ctx = self._context(call, None, layer, seen=layer.seen, phase="decode")
+        near = window.read(q, scale=call.scale, softcap=call.softcap)
+        if self.decode is None:
+            parts = [read_segment(s, q, None, ctx) for s in layer.segments]
+            parts += [read_tail(ctx, q, k, v, return_lse=True)] if window.begin else []
+            self._count(self.stats.decode, None, 1, layer.tail.n if layer.tail else 0, layer.seen, sum(s.length for s in layer.segments))
+            return merge(*parts, near).out
+        self.stats.decode.add(layer.seen - window.seen, 0)
+        step = beside(replace(ctx, shared=ctx.shared.setdefault("query 0", {}), segments=layer.segments), near)
+        return self._step(step, layer, q, MixedEntries((), k, v), None)
+
+    def end_window(self, layer: KVLayer, queries: Tensor | None) -> None:
+        """After steps in a window: the policy sees their queries `(B, Hq, m, D)`, whose keys are the newest entries, and may act."""
+        if self.policy is not None:
+            if queries is not None and queries.shape[2]:
+                slots = layer.open()
+                self.policy.watch(self._context(None, None, layer, seen=layer.seen, phase="cache"), slots, queries)
+                layer.close([(None, slots)])
+            self._compress_if_due(layer)
+        self.note_sizes(layer)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the policy looks at queries."""
+        return self.policy is not None and type(self.policy).watch is not CachePolicy.watch
+
     def _over_encoded(self, layer: KVLayer) -> bool:
         """Whether a decode method reads entries that a cache policy of another name has encoded."""
         return self.decode is not None and self.decode != self.policy and any(segment.encoded for segment in layer.segments)
@@ -237,7 +271,7 @@ class LayerRunner:
         wide = self._wide(call, layer)
         opened = []
         # to open ragged storage is to copy it: only for policies that look
-        for row in rows if type(self.policy).watch is not CachePolicy.watch else []:
+        for row in rows if self.watches else []:
             q, *_ = row_of_call(call, row, queries_only=True)
             slots = self._open(layer, row, wide)
             if q.shape[2]:
@@ -289,7 +323,7 @@ class LayerRunner:
             for row in layer.rows():
                 self._forget_index(layer, row)
         self.stats.compressions += 1
-        self._snapshot(layer)
+        self.note_sizes(layer)
 
     def _forget_index(self, layer: KVLayer, row: int | None) -> None:
         """Slots have moved: a decode method's index is made again from what is there."""
@@ -332,44 +366,16 @@ class LayerRunner:
 
     # -- context and counts ------------------------------------------------------------------------------------------------
 
-    def _context(
-        self, call: LayerCall | None, row: int | None, layer: KVLayer | None, *, seen: int, phase: Phase
-    ) -> LayerContext:
-        call = call or between_calls(layer)
-        layout = HeadLayout.of(call.q, call.k, call.v)
-        method = {"prefill": self.prefill, "decode": self.decode, "cache": self.policy}[phase]
-        real_seen = seen if layer is None or row is None else layer.real_seen(row)
-
-        whole = layout.query_heads * (call.q.shape[0] if row is None else 1)
-        pairs = self.stats.decode if phase == "decode" else self.stats.prefill
-
-        attention = attention_calls(phase, scale=call.scale, softcap=call.softcap, impl=self.impl)
-
-        def partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Partial:
-            out = attention(q, k, v, selection, **options)
-            # a pass over some of the heads counts in proportion: pairs are means over heads
-            share = q.shape[0] * q.shape[1] / whole
-            pairs.add_call(share, q.shape[2], k.shape[2], selection, options)
-            return out
-
-        def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
-            return partial(q, k, v, selection, **{"return_lse": False, **options}).out
-
-        return LayerContext(
-            layer=self.layer, layers=self.layers, layout=layout, scale=call.scale, softcap=call.softcap, attend=run,
-            partial=partial, phase=phase, count=lambda computed: pairs.add(computed, 0), seen=real_seen, tokens=real_seen,
-            hidden=hidden_of(call, row),
-            plan=None if method is None else self.plans.get(method.info.slug), plans=self.plans,
-            state={} if layer is None else layer.states.get(phase, row), shared=call.shared.setdefault(f"row {row}", {}),
-            sequence={} if layer is None else layer.sequence(row), seed=self.seed, rotary=self.rotary,
-        )  # fmt: skip
+    def _context(self, call: LayerCall | None, row: int | None, layer: KVLayer | None, *, seen: int, phase: Phase) -> LayerContext:
+        return layer_context(self, call or between_calls(layer), row, layer, seen, phase)
 
     def _count(self, pairs: Any, selection: Selection | None, n_q: int, n_k: int, seen: int, sealed: int = 0) -> None:
         """Add computed pairs, and the pairs dense attention over all `seen` tokens would have had."""
         pairs.add_call(1.0, n_q, n_k, selection, {})
         pairs.add(n_q * sealed, _visible(n_q, seen))
 
-    def _snapshot(self, layer: KVLayer) -> None:
+    def note_sizes(self, layer: KVLayer) -> None:
+        """What the layer holds now, for the statistics."""
         self.stats.kept = layer.lengths()
         self.stats.kv_bytes, self.stats.index_bytes, self.stats.seen = layer.kv_bytes, layer.side_bytes, layer.seen
         self.stats.host_bytes = layer.host_bytes

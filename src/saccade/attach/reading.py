@@ -12,7 +12,7 @@ from saccade.attach.stats import computed_pairs
 from saccade.cache import KVLayer, Segment
 from saccade.cache.mixed import MixedEntries
 from saccade.cache.segment import attend_rectangle
-from saccade.core import LayerContext, Partial, Selection
+from saccade.core import LayerContext, Partial, Selection, merge
 from saccade.ops import attend, decode
 from saccade.parts.merging import LOG_WEIGHT
 
@@ -47,6 +47,18 @@ def reading_encoded(ctx: LayerContext, entries: MixedEntries) -> LayerContext:
         return partial(q, k, v, selection, **options).out
 
     return replace(ctx, partial=partial, attend=run, entries=entries)
+
+
+def beside(ctx: LayerContext, near: Partial) -> LayerContext:
+    """The context of a step that has read some entries already, `near`: what it attends to comes on top, in one softmax."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
+        return merge(ctx.partial(q, k, v, selection, **{**options, "return_lse": True}), near).out
+
+    def refuse(*_: Any, **__: Any) -> Partial:
+        raise ValueError("a step that is recorded attends once, through ctx.attend: set Info.recordable only for methods that do")
+
+    return replace(ctx, attend=run, partial=refuse)
 
 
 def tail_weights(layer: KVLayer, row: int | None) -> Tensor | None:

@@ -21,6 +21,7 @@ from saccade.attach.layers import LayerRunner
 from saccade.attach.masks import mask_call, remember_mask
 from saccade.attach.models import attention_modules, check_methods, managed_layers, text_config
 from saccade.attach.rebuild import Rebuilder
+from saccade.attach.recorded import RecordedSteps, check_recording
 from saccade.attach.reduction import Chosen, Reached, Reducer, follow
 from saccade.attach.rotary import rotary_of
 from saccade.attach.saving import save_cache
@@ -38,7 +39,7 @@ class Session:
 
     def __init__(
         self, model: PreTrainedModel, prefill: Prefill | PromptReduction | None, decode: Decode | None, cache: CachePolicy | None,
-        plans: dict[str, Plan], when: Literal["prompt", "call"], impl: str, seed: int,
+        plans: dict[str, Plan], when: Literal["prompt", "call"], impl: str, seed: int, graph: int | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.managed = managed_layers(model)
@@ -55,6 +56,8 @@ class Session:
             raise ValueError(f"when={when!r} is not 'prompt' (compress once the prompt has ended) or 'call' (after every call)")
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        if graph is not None:
+            check_recording(graph, decode, cache)
         given = {"prefill": prefill, "decode": decode, "cache": cache}
         self.methods = {phase: method.spec for phase, method in given.items() if method is not None}
         self._rebuilder = Rebuilder.of(model, cache, plans)
@@ -68,6 +71,7 @@ class Session:
             )
             for index in self.managed
         }  # fmt: skip
+        self._graph, self.steps = graph, None if graph is None else self._recorded(graph)
         self._cache: weakref.ref[Cache] | None = None
         self._shared: dict[str, Any] = {}
         self._real: Tensor | None = None
@@ -101,6 +105,8 @@ class Session:
             ]
         if self._reducer is not None or self._rebuilder is not None:
             self._restore.append(self.model.register_forward_hook(self._after_forward).remove)
+        if self.steps is not None:
+            self._restore.append(self.steps.take(self.model))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,6 +128,8 @@ class Session:
 
     def stats(self) -> Stats:
         """Densities, entries held and bytes since the last new cache or `reset()`."""
+        if self.steps is not None:
+            self.steps.refresh()
         return summarise({index: runner.stats for index, runner in self._runners.items()})
 
     def reset(self) -> None:
@@ -139,6 +147,8 @@ class Session:
         cache = self.cache if cache is None else cache
         if cache is None:
             raise ValueError("there is no cache to compress: run the model on a prompt and keep its past_key_values")
+        if self.steps is not None:
+            self.steps.close()
         for index, runner in self._runners.items():
             layer = cache.layers[index]
             if isinstance(layer, KVLayer):
@@ -152,12 +162,16 @@ class Session:
         cache = self.cache if cache is None else cache
         if cache is None:
             raise ValueError("there is no cache to save: run the model on a prompt and keep its past_key_values")
+        if self.steps is not None:
+            self.steps.close()
         return save_cache(path, cache, self.model, self.methods)
 
     @contextmanager
     def densely(self) -> Iterator[None]:
         """Inside the block several tokens are read with full attention, and no method takes notice of them."""
         with ExitStack() as stack:
+            if self.steps is not None:
+                stack.enter_context(self.steps.pause())
             for runner in self._runners.values():
                 stack.enter_context(runner.densely())
             yield
@@ -260,6 +274,14 @@ class Session:
             return None
         vision = torch.isin(ids, torch.tensor(places, device=ids.device))
         return vision if bool(vision.any()) else None
+
+    def _recorded(self, size: int) -> RecordedSteps:
+        def obstacle() -> str | None:
+            if self._reads_hidden or self._rebuilder is not None:
+                return "a method reads the layers' inputs or runs tokens again"
+            return None if self._real is None else "the new tokens hold padding"
+
+        return RecordedSteps(self.model.forward, self._runners, self._live_layers, size, obstacle)
 
     def _install(self, cache: Cache, mask: Tensor | None) -> int:
         """Put KVLayers in place of the plain layers of a dynamic cache; returns the tokens seen."""

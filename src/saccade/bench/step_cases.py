@@ -8,7 +8,7 @@ Decode methods run in as many layers as the model has, because some read everyth
 of their keys and values (each has its own index and its own queries): one layer's cache is many times the L2 cache, so nothing is reused.
 
   attention    the attention calls of all layers, one after the other
-  whole model  a Llama of the shape with so many layers and random weights, projections and feed-forward layers included
+  whole model  a Llama of the shape with so many layers and random weights writes tokens (see `token_cases`)
 
 "GPU work" is that of a step recorded as a CUDA graph and replayed (of a step that can't be recorded, with its launches queued ahead);
 "step" is what a user waits for, the host's part included.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from saccade.attach import attach, calibrate
+from saccade.attach import calibrate
 from saccade.attach.layercall import LayerCall
 from saccade.attach.layers import LayerRunner
 from saccade.bench import peers
@@ -208,52 +208,6 @@ def _torch(layers: Callable[[], Layers], s: Settings) -> list[tuple[str, Callabl
     return [(name, partial(all_layers, backends)) for name, backends in kernels.items() if s.cuda or backends is None]
 
 
-def _whole(spec: str, shape: Shape, s: Settings) -> Field:
-    """One step of a whole model: the method, dense attention here, and transformers' own."""
-    from transformers import DynamicCache
-
-    model = _model(shape, s, hidden=shape.heads * shape.dim)
-    method = decoding(spec)
-    plans = list(plans_of(method, shape, s, model).values())
-    phase = "decode" if isinstance(method, Decode) else "cache"
-    ids = torch.full((shape.batch, 1), 5, device=s.device)
-    weights = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
-    amount = Work(flops=None, bytes=weights * s.size + shape.cache_bytes(s.size), unit="byte")
-
-    def filled() -> Any:
-        cache, generator = DynamicCache(config=model.config), s.generator()
-        for index in range(shape.layers):
-            k, v = (s.normal(shape.batch, shape.kv_heads, shape.n - LAST, shape.dim, generator=generator) for _ in range(2))
-            cache.update(k, v, index)
-        model(ids.expand(-1, LAST), past_key_values=cache, logits_to_keep=1)
-        return cache
-
-    def attached(**how: Any) -> Run:
-        block = attach(model, **how, impl=s.impl)
-        with block as handle:
-            cache = filled()
-            model(ids, past_key_values=cache)
-            stats = handle.stats()
-
-        def step() -> Tensor:
-            with block:
-                return model(ids, past_key_values=cache).logits
-
-        whole = shape.cache_bytes(s.size)
-        note = f"holds {stats.kv_bytes / whole:.1%} of the dense cache's bytes, and {stats.index_bytes / whole:.1%} beside them"
-        return Run(call=step, impl=lambda: last_run().impl, note=note)
-
-    def plain() -> Run:
-        cache = filled()
-        return Run(call=lambda: model(ids, past_key_values=cache).logits, impl="sdpa")
-
-    return Field(contestants=[
-        Contestant(name="saccade, step", role="ours", work=amount, make=lambda: attached(**{phase: method}, plan=plans), checked=False),
-        Contestant(name="saccade dense, step", role="dense", work=amount, make=attached, checked=False, shared=f"saccade {shape}"),
-        Contestant(name="transformers, step", role="dense", work=amount, make=plain, checked=False, shared=f"transformers {shape}"),
-    ], note="random weights")  # fmt: skip
-
-
 def _model(shape: Shape, s: Settings, hidden: int) -> Any:
     from saccade.bench.prefill_cases import random_model
 
@@ -277,10 +231,12 @@ def attention_case(spec: str, shape: Shape, size: int = 2) -> Case:
 
 
 def model_case(spec: str, shape: Shape, size: int = 2) -> Case:
+    from saccade.bench.token_cases import whole_model
+
     weights = shape.layers * 13.5 * (shape.heads * shape.dim) ** 2 * size
     return Case(
         family="whole model", shape={**vars(shape), "method": build(spec).spec}, need=weights + 3 * shape.cache_bytes(size),
-        build=partial(_whole, spec, shape),
+        build=partial(whole_model, spec, shape),
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,22 +18,13 @@ from saccade.cache.counted import CountedSegment
 from saccade.cache.rows import empty_tail, joined, padded_tail, row_of, row_of_rectangle, rows_of_segments
 from saccade.cache.segment import PackedSegment, Rectangle, Segment
 from saccade.cache.slots import Slots
-from saccade.cache.state import States
+from saccade.cache.state import CallFacts, States
 from saccade.cache.tail import Tail
-from saccade.core import HeadLayout
+from saccade.cache.window import Window
 from saccade.parts.ragged import slots_of
 
-_BOUND = ("before_append", "after_crop", "leader")  # what ties a layer to an attached model and to its cache
+_BOUND = ("before_append", "after_crop", "leader", "window")  # what ties a layer to an attached model and to its cache
 VISION = "vision"  # the side array that is 1 for tokens of images and video
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallFacts:
-    """What the last attention call on a layer told of it."""
-
-    layout: HeadLayout
-    scale: float
-    softcap: float | None
 
 
 class KVLayer(CacheLayerMixin):
@@ -50,6 +40,7 @@ class KVLayer(CacheLayerMixin):
         self.before_append: Callable[[int], None] | None = None
         self.after_crop: Callable[[int], None] | None = None
         self.leader: KVLayer | None = None  # the layer of this cache that keeps the sequence's state, None for itself
+        self.window: Window | None = None  # where recorded steps write, None where there are none
         self.rectangular = False  # the model itself reads all entries in one piece (latents), so rows are padded, not packed
         self.methods: dict[str, str] = {}  # phase to spec of the methods whose states these are
         self._clear()
@@ -152,6 +143,10 @@ class KVLayer(CacheLayerMixin):
 
         Returns all entries where they lie in one rectangle, else only the new ones (attention then reads the segments itself).
         """
+        if self.window is not None and self.window.running:
+            self.window.write(key_states, value_states)
+            self.advance()
+            return key_states, value_states
         if self.before_append is not None:
             self.before_append(key_states.shape[2] - (0 if self._back is None else self._back.shape[1]))
         if self._back is not None:
@@ -174,6 +169,12 @@ class KVLayer(CacheLayerMixin):
             self.tail.mark(VISION, vision)
         self.seen += m
         return (self.tail.keys, self.tail.values) if self.plain else (key_states, value_states)
+
+    def advance(self) -> None:
+        """Count the token that a step has written to the window."""
+        assert self.tail is not None
+        self.tail.count()
+        self.seen += 1
 
     def _insert(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the tokens that are back; returns what comes after them."""
@@ -237,8 +238,7 @@ class KVLayer(CacheLayerMixin):
     def offload(self) -> None:
         raise ValueError("an attached model keeps its cache on one device: use a cache without offloading")
 
-    def prefetch(self) -> None:
-        raise ValueError("an attached model keeps its cache on one device: use a cache without offloading")
+    prefetch = offload
 
     # -- reading -----------------------------------------------------------------------------------------------------------
 

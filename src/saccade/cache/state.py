@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from saccade.core import HeadLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFacts:
+    """What the last attention call on a layer told of it."""
+
+    layout: HeadLayout
+    scale: float
+    softcap: float | None
 
 
 def take_rows(state: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -79,6 +79,22 @@ class Tail:
             x.truncate(x.n - k.shape[2])
         return False
 
+    def room(self, m: int, seen: int) -> tuple[Tensor, Tensor]:
+        """Where the next m tokens go, which stand at position `seen` and after: keys `(B, H, m, D)` and values `(B, H, m, Dv)`, to be
+        written and then counted; what stands beside them is written already."""
+        if self._real is not None:
+            raise ValueError("there is no common room behind rows that are padded: run them one by one")
+        for name, x in self._side.items():
+            place = x.room(m)
+            place.copy_(torch.arange(seen, seen + m, device=place.device)) if name == "positions" else place.zero_()
+        return self._keys.room(m), self._values.room(m)
+
+    def count(self, m: int = 1) -> None:
+        """Take in m tokens that were written to the room behind the entries."""
+        for x in (self._keys, self._values, *self._side.values()):
+            x.extend(m)
+        self.fresh += m
+
     def twin(self, room: int) -> Tail:
         """A second tail over the same storage that counts its entries by itself: what both append lands in the same places, as long as
         it is not more than `room` entries."""

@@ -27,6 +27,8 @@ class Info:
     needs: of "queries", "weights" (attention probabilities), "hidden" (the layers' inputs), "calibration", "training".
     encodes: whether it stores entries in another form than full precision. reads_encoded: of a decode method, whether it works where a
     cache policy has encoded entries: it chooses by its own index or by `ctx.entries`, and reads what it chose through `ctx.attend`.
+    recordable: of a decode method, whether its steps may be recorded as a CUDA graph: what a step does depends on the query, the entries
+    and the index alone, it asks the device for no number, and calls `ctx.attend` once.
     ragged: whether it leaves heads with different numbers of entries. frees_memory: whether the KV cache becomes smaller. append_only:
     whether it works on pages that are only appended to.
     causality: "causal", "streaming" or "bidirectional". opened: the fields with which it equals dense attention.
@@ -42,6 +44,7 @@ class Info:
     append_only: bool = True
     encodes: bool = False
     reads_encoded: bool = False
+    recordable: bool = False
     ragged: bool = False
     causality: Literal["causal", "streaming", "bidirectional"] = "causal"
     opened: Mapping[str, Any] = field(default_factory=dict)

@@ -52,6 +52,12 @@ class Growing:
         self.n += m
         return self._buffer, self.n - m
 
+    def room(self, m: int) -> Tensor:
+        """The m entries behind the content, to be written before they are counted."""
+        buffer, at = self.extend(m)
+        self.n -= m
+        return buffer[:, :, at : at + m]
+
     def truncate(self, n: int) -> None:
         """Keep the first n entries."""
         self.n = min(self.n, n)

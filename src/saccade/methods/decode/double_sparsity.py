@@ -56,7 +56,8 @@ class DoubleSparsity(Decode, Calibrated):
     reduce: Reduce = "none"
 
     info = Info(
-        slug="double-sparsity", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
+        slug="double-sparsity", phase="decode", reads_encoded=True, recordable=True, needs=frozenset({"calibration"}),
+        opened={"budget": 1.0},
         tiny={"channels": 0.5, "budget": 0.25, "sinks": 1, "recent": 4, "dense_layers": 0},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

@@ -43,7 +43,7 @@ class LessIsMore(Planner):
     correction: float | int | None = 0.33
 
     info = Info(
-        slug="less-is-more", phase="decode", reads_encoded=True, opened={"budget": 1.0},
+        slug="less-is-more", phase="decode", reads_encoded=True, recordable=True, opened={"budget": 1.0},
         tiny={"budget": 0.25, "start": 0, "correction": None},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

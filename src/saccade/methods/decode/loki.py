@@ -46,7 +46,7 @@ class Loki(Decode, Calibrated):
     reduce: Reduce = "none"
 
     info = Info(
-        slug="loki", phase="decode", reads_encoded=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
+        slug="loki", phase="decode", reads_encoded=True, recordable=True, needs=frozenset({"calibration"}), opened={"budget": 1.0},
         tiny={"dims": 0.5, "budget": 0.25},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Quest(Decode):
     reduce: Reduce = "none"
 
     info = Info(
-        slug="quest", phase="decode", reads_encoded=True, opened={"budget": 1.0},
+        slug="quest", phase="decode", reads_encoded=True, recordable=True, opened={"budget": 1.0},
         tiny={"page_size": 4, "budget": 0.25, "dense_layers": 0},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip

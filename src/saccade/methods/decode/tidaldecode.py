@@ -44,7 +44,7 @@ class TidalDecode(Planner):
     reduce: Reduce = "none"
 
     info = Info(
-        slug="tidaldecode", phase="decode", reads_encoded=True, opened={"budget": 1.0},
+        slug="tidaldecode", phase="decode", reads_encoded=True, recordable=True, opened={"budget": 1.0},
         tiny={"budget": 0.25, "start": 0, "correction": None},
         opts_out={"stepwise": "a prompt at once is read densely, tokens that come one by one are decoded sparsely"},
     )  # fmt: skip
