@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from saccade.ops.conv import Impl, short_conv
 from saccade.parts.linear.tokens import last_tokens
 
 
 class ShortConv(nn.Module):
     """Depthwise causal convolution over tokens: `y_t = act(sum_j w_j x_{t - width + 1 + j} + b)`, with zeros before the first token.
 
-    channels: of x. width: tokens read, the current one among them. activation: "silu" or None.
+    channels: of x. width: tokens read, the current one among them. activation: "silu" or None. impl: of `saccade.ops.conv.short_conv`.
     """
 
     def __init__(self, channels: int, width: int = 4, activation: str | None = "silu", bias: bool = False) -> None:
@@ -24,16 +24,11 @@ class ShortConv(nn.Module):
         self.width, self.activation = width, activation
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.impl: Impl = "auto"
 
     def forward(self, x: Tensor, tail: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y, the new tail): x `(B, N, C)`, tail `(B, width - 1, C)` the inputs before (None: zeros), lengths as in `last_tokens`."""
-        if tail is None:
-            tail = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
-        tail = tail.to(x.dtype)
-        joined = torch.cat([tail, x], dim=1)
-        if x.shape[1] == 1:
-            y = (joined * self.weight.mT).sum(1, keepdim=True)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = F.conv1d(joined.mT, self.weight.unsqueeze(1), self.bias, groups=x.shape[2]).mT
-        return F.silu(y) if self.activation else y, last_tokens(tail, x, lengths)
+        tail = None if tail is None else tail.to(x.dtype)
+        y = short_conv(x, self.weight, self.bias, tail=tail, activation=self.activation, impl=self.impl)
+        before = x.new_zeros(x.shape[0], self.width - 1, x.shape[2]) if tail is None else tail
+        return y, last_tokens(before, x, lengths)
