@@ -16,6 +16,7 @@ from saccade.attach.stats import computed_pairs
 from saccade.core import HeadLayout, Info, LayerContext, Prefill, Selection, merge
 from saccade.core.plan import Plan
 from tests.contract.harness import llama, logits, tokens
+from tests.core.cases import make_one_list
 
 N_Q, N_K = 21, 30
 
@@ -78,6 +79,26 @@ def test_pairs_of_tiles_that_begin_anywhere(seed: int) -> None:
         keys = options.get("k_positions", torch.arange(n_k).expand(2, 4, -1))
         right = float((listed & seen(rows, keys)).sum((-1, -2)).double().mean())
         assert computed_pairs(n_q, n_k, mixed, options) == pytest.approx(right)
+
+
+@pytest.mark.parametrize("order", ["kept", "moved"])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_pairs_of_one_token_list_for_all_tiles(order: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = make_one_list(n_q=N_Q, n_k=N_K, causal=False, block_q=4, block_k=4, batch=2, heads=heads, weighted=False, seed=5)
+    assert bool(both.shared.token_counts.any())
+    q, k = torch.arange(N_K - N_Q, N_K)[None, None], torch.arange(N_K)[None, None] * 2 // 3
+    if order == "moved":
+        q, k = permuted(N_Q, 2, 0), permuted(N_K, 2, 1)
+        monkeypatch.setattr(stats, "LOOKED_INTO", 100)  # a few tiles at a time
+    options = {"q_positions": q, "k_positions": k}
+    listed = both.written.coverage().repeat_interleave(4, 2)[:, :, :N_Q]
+    listed, visible = (x.repeat_interleave(4 // x.shape[1], 1) for x in (listed, seen(q, k)))
+    right = float((listed & visible).sum((-1, -2)).double().mean())
+    for selection in (both.shared, both.written):
+        assert computed_pairs(N_Q, N_K, selection, options) == pytest.approx(right)
+        assert computed_pairs(N_Q, N_K, replace(selection, causal=True), {}) == pytest.approx(
+            float(replace(both.written, causal=True).dense_mask().sum((-1, -2)).double().mean())
+        )
 
 
 def test_without_causality_every_pair_counts() -> None:

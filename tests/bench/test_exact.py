@@ -13,6 +13,7 @@ from saccade.bench.exact import AttentionCheck, EqualCheck, SliceCheck, distance
 from saccade.bench.patterns import random_pages, random_tiles
 from saccade.core import Selection
 from saccade.ops import attend
+from tests.core.cases import make_one_list
 
 
 def inputs(n: int = 384, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,12 +21,15 @@ def inputs(n: int = 384, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
     return tuple(torch.randn(2, h, n, 16, generator=generator).to(dtype) for h in (4, 2, 2))  # pyright: ignore[reportReturnType]
 
 
-@pytest.mark.parametrize("pattern", ["dense", "tiles", "pages", "tokens"])
+@pytest.mark.parametrize("pattern", ["dense", "tiles", "pages", "tokens", "one list"])
 def test_right_outputs_pass_and_wrong_ones_do_not(pattern: str) -> None:
     q, k, v = inputs()
     selection: dict[str, Selection | None] = {
         "dense": None, "tiles": random_tiles(384, 4, 64, 0.4, "cpu"), "pages": random_pages(384, 2, 64, 16, 0.3, "cpu"),
         "tokens": random_pages(384, 1, 64, 1, 0.3, "cpu"),
+        "one list": make_one_list(
+            n_q=384, n_k=384, causal=True, block_q=64, block_k=16, batch=2, heads=2, weighted=False, seed=3
+        ).shared,
     }  # fmt: skip
     chosen = selection[pattern]
     out = attend(q, k, v, chosen, impl="reference").out

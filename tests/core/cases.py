@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import settings
@@ -87,6 +87,59 @@ def make_case(
     return Case(selection, mask, by_rows(weight, block_q, n_q) if weighted else torch.zeros(mask.shape))
 
 
+@dataclass(frozen=True)
+class OneList:
+    """A selection whose query tiles read the front parts of one token list, and the same with every tile's list written out."""
+
+    shared: Selection
+    written: Selection
+
+
+@st.composite
+def one_lists(draw: st.DrawFn, shape: dict[str, int | bool] | None = None, weighted: bool | None = None) -> OneList:
+    shape = draw(sizes()) if shape is None else shape
+    return make_one_list(
+        **shape, block_q=draw(st.integers(1, 6)), block_k=draw(st.integers(1, 6)), batch=draw(st.integers(1, 2)),
+        heads=draw(st.sampled_from([1, 2, 4])), weighted=draw(st.booleans()) if weighted is None else weighted,
+        seed=draw(st.integers(0, 2**20)),
+    )  # fmt: skip
+
+
+def make_one_list(
+    *, n_q: int, n_k: int, causal: bool, block_q: int, block_k: int, batch: int, heads: int, weighted: bool, seed: int
+) -> OneList:
+    """Single keys before some place, tiles from there on; counts in no order, none of them reaching the list's end in some cases."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator)
+
+    tiles, split = math.ceil(n_q / block_q), int(torch.randint(0, n_k + 1, (1,), generator=generator))
+    lead = (batch, heads)
+    rows = [[[key for key in range(split) if float(random(1)) < 0.6] for _ in range(heads)] for _ in range(batch)]
+    lengths = torch.tensor([[len(row) for row in rows_of] for rows_of in rows])
+    counts = (random(*lead, tiles) * (lengths + 1).unsqueeze(-1)).int()
+    by_key = torch.randn(*lead, n_k, generator=generator)
+    tokens = torch.full((*lead, 1, int(lengths.max())), n_k, dtype=torch.int32)
+    weight = random(*tokens.shape)  # what stands past the longest count is nobody's
+    spread = torch.full((*lead, tiles, tokens.shape[-1]), n_k)
+    starts = torch.full((*lead, tiles, max(1, math.ceil((n_k - split) / block_k))), n_k)
+    for b, h in [(b, h) for b in range(batch) for h in range(heads)]:
+        longest = int(counts[b, h].max())
+        tokens[b, h, 0, :longest] = torch.tensor(rows[b][h][:longest], dtype=torch.int32)
+        weight[b, h, 0, :longest] = by_key[b, h, rows[b][h][:longest]]
+        for t in range(tiles):
+            spread[b, h, t, : int(counts[b, h, t])] = torch.tensor(rows[b][h][: int(counts[b, h, t])], dtype=torch.int64)
+            own = [start for start in range(split, n_k, block_k) if float(random(1)) < 0.5]
+            starts[b, h, t, : len(own)] = torch.tensor(own, dtype=torch.int64)
+    written = Selection.from_parts(
+        n_q=n_q, n_k=n_k, block_q=block_q, block_k=block_k, causal=causal, starts=starts, tokens=spread,
+        log_weight=by_key.unsqueeze(2).expand(-1, -1, tiles, -1).gather(-1, spread.clamp(max=n_k - 1)) if weighted else None,
+    )  # fmt: skip
+    shared = replace(written, tokens=tokens, token_counts=counts, log_weight=weight if weighted else None)
+    return OneList(shared, written)
+
+
 def by_rows(x: Tensor, block_q: int, n_q: int) -> Tensor:
     """`(B, H, tiles, n)` to `(B, H, n_q, n)`."""
     return torch.stack([x[:, :, row // block_q] for row in range(n_q)], 2)
@@ -101,7 +154,7 @@ def weight_of(selection: Selection) -> Tensor:
     """Per-pair log weights `(B, H, n_q, n_k)` of a selection's single keys."""
     spread = torch.zeros(selection.batch, selection.heads, selection.tiles, selection.n_k + 1)
     if selection.log_weight is not None:
-        s = selection.expand(selection.batch, selection.heads)
+        s = selection.own_lists().expand(selection.batch, selection.heads)
         assert s.log_weight is not None
         spread = spread.scatter(-1, s.tokens.long(), s.log_weight)
     return by_rows(spread[..., :-1], selection.block_q, selection.n_q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from saccade.core import Selection
-from tests.core.cases import Case, by_rows, cases, few, make_case, sizes, visible, weight_of
+from tests.core.cases import Case, OneList, by_rows, cases, few, make_case, make_one_list, one_lists, sizes, visible, weight_of
 
 shapes = st.shared(sizes(), key="shape")
 pairs_of_cases = st.tuples(shapes.flatmap(lambda s: cases(s)), shapes.flatmap(lambda s: cases(s)))
@@ -81,6 +82,62 @@ def test_tiles_and_tokens_may_differ_in_batch_and_heads() -> None:
         log_weight=torch.tensor([5.0, 6.0]).view(1, 1, 1, 2), causal=False,
     )  # fmt: skip
     assert weight_of(shared)[1, 2, 0, 9] == 6 and weight_of(shared).sum() == 36
+
+
+# -- one token list for all query tiles --------------------------------------------------------------------------------------
+
+
+@few
+@given(one_lists())
+def test_a_shared_list_means_what_the_written_lists_mean(both: OneList) -> None:
+    a, b = both.shared, both.written
+    assert a.tokens.shape[2] == 1 and a.token_counts.shape == a.start_counts.shape
+    assert torch.equal(a.coverage(), b.coverage()) and torch.equal(a.dense_mask(), b.dense_mask())
+    assert torch.equal(weight_of(a), weight_of(b))
+    assert torch.equal(a.pairs(), b.pairs()) and torch.equal(a.pairs(), a.dense_mask().sum((-1, -2)))
+    assert a.density() == b.density() and torch.equal(a.density_by_head(), b.density_by_head())
+    turned, back = a.transpose(), b.transpose()
+    assert torch.equal(turned.dense_mask(), back.dense_mask()) and torch.equal(turned.counts.sum((-1, -2)), back.counts.sum((-1, -2)))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(a.batch, h, n, 4, generator=generator) for h, n in ((2 * a.heads, a.n_q), (a.heads, a.n_k)))
+    assert torch.equal(a.mass(q, k), b.mass(q, k))
+
+
+@few
+@given(one_lists())
+def test_shared_lists_are_written_out_on_demand(both: OneList) -> None:
+    a, b = both.shared, both.written
+    longest = b.tokens.shape[-1]
+    own = a.own_lists()
+    assert own.tokens.shape[2] == a.tiles and own.own_lists() is own
+    assert torch.equal(own.tokens[..., :longest], b.tokens) and bool((own.tokens[..., longest:] == a.n_k).all())
+    if own.log_weight is not None and b.log_weight is not None:
+        assert torch.equal(own.log_weight[..., :longest][b.tokens < a.n_k], b.log_weight[b.tokens < a.n_k])
+    last, some = slice(-2, None), torch.arange(a.tiles).flip(0)
+    for s in (a, own):
+        assert torch.equal(s.tokens_of(last), own.tokens[:, :, last]) and torch.equal(s.tokens_of(some), own.tokens[:, :, some])
+    grown = a.expand(2 * a.batch if a.batch == 1 else a.batch, 2 * a.heads)
+    assert grown.tokens.shape[2] == 1 and torch.equal(grown.dense_mask()[:1, ::2], b.dense_mask()[:1])
+
+
+@few
+@given(shapes.flatmap(lambda s: st.tuples(one_lists(s, weighted=False), cases(s), one_lists(s))), st.integers(0, 6), st.integers(0, 6))
+def test_shared_lists_are_combined_as_written_ones(three: tuple[OneList, Case, OneList], sinks: int, local: int) -> None:
+    first, case, other = three
+    assume(case.selection.batch == first.shared.batch)
+    for combine in (operator.or_, operator.and_):
+        got, want = combine(first.shared, case.selection), combine(first.written, case.selection)
+        assert torch.equal(got.dense_mask(), want.dense_mask())
+    got, want = (s.with_forced(sinks, local) for s in (other.shared, other.written))
+    assert torch.equal(got.dense_mask(), want.dense_mask()) and torch.equal(weight_of(got), weight_of(want))
+
+
+def test_a_shared_list_has_a_flex_form() -> None:
+    both = make_one_list(n_q=13, n_k=17, causal=True, block_q=3, block_k=4, batch=2, heads=2, weighted=False, seed=3)
+    mask = both.shared.to_flex(2, 4)
+    assert bool(both.shared.token_counts.any())
+    dense = create_mask(mask.mask_mod, 2, 4, 13, 17, device="cpu")
+    assert torch.equal(dense, both.written.dense_mask().repeat_interleave(2, dim=1))
 
 
 # -- algebra -----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.core.cases import make_one_list
 from tests.evaluate.conftest import Near
 from tests.evaluate.tiny import tiny
 from torch import Tensor
@@ -112,6 +113,16 @@ def test_kept_shares_are_the_dense_mask_pooled(n: int, block_q: int, tile: int, 
     visible = pooled(torch.ones(n, n).tril(), tile, tile)
     expected = pooled(selection.dense_mask()[0].float(), tile, tile) / visible.clamp(min=1)
     torch.testing.assert_close(kept.kept_shares(selection, tile), expected, rtol=0, atol=1e-6)
+
+
+def test_one_token_list_for_all_tiles_is_drawn_and_weighed_as_written_lists_are() -> None:
+    both = make_one_list(n_q=40, n_k=40, causal=True, block_q=4, block_k=8, batch=1, heads=2, weighted=False, seed=2)
+    assert bool(both.shared.token_counts.any())
+    assert torch.equal(kept.kept_shares(both.shared, 8), kept.kept_shares(both.written, 8))
+    q, k = inputs(40)
+    rows = kept.sampled_rows(40, 30)
+    a, b = (kept.mass_of_rows(s, q, k, rows, scale=0.25) for s in (both.shared, both.written))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -18,13 +18,14 @@ def random_mask(*shape: int, share: float, seed: int = 0) -> Tensor:
 def checked(lists: KeyLists, n_q: int, n_k: int, block: int) -> Selection:
     """The Selection, after a look at what its constructor takes on trust: sorted, disjoint, no key named twice."""
     direct = lists.selection(n_q=n_q, n_k=n_k, block=block)
+    lists, own = lists.own_lists(n_k), direct.own_lists()
     sorted_out = Selection.from_parts(
         n_q=n_q, n_k=n_k, block_q=block, block_k=block, starts=lists.starts, tokens=lists.tokens
     )
     assert torch.equal(direct.start_counts, sorted_out.start_counts)
     assert torch.equal(direct.token_counts, sorted_out.token_counts)
     for name in ("starts", "tokens"):
-        given, again = getattr(direct, name), getattr(sorted_out, name)
+        given, again = getattr(own, name), getattr(sorted_out, name)
         assert given.dtype == torch.int32
         assert torch.equal(given[..., : again.shape[-1]], again)
         assert bool((given[..., again.shape[-1] :] == n_k).all())
@@ -73,6 +74,21 @@ def test_band_and_columns(n_q: int, n_k: int, block: int, width: int) -> None:
     rows, keys = rows_of(n_q, n_k)
     exact = ((rows - keys < width) | columns.unsqueeze(2)) & (keys <= rows)
     assert torch.equal(found, tiled(exact, n_q, block))
+    # one list of columns, of which each tile reads those before its band
+    assert lists.tokens.shape[:3] == (2, 3, 1) and lists.tokens.numel() <= columns.numel()
+
+
+def test_one_list_of_columns_is_joined_and_opened_as_written_lists_are() -> None:
+    ends = tile_ends(100, 120, 16)
+    band = patterns.band_and_columns(random_mask(2, 2, 120, share=0.3), 20, ends, 16)
+    other = patterns.vertical_slash(random_mask(2, 1, 120, share=0.2), random_mask(2, 1, 120, share=0.1), ends, 16)
+    assert band.token_counts is not None and band.tokens.shape[-1]
+    order = (torch.tensor([2, 0]), torch.tensor([1]))
+    for last in (0, 1, 20, 100):
+        opened = [checked(open_rows(lists, n_q=100, n_k=120, last=last, block=16), 100, 120, 16) for lists in (band, band.own_lists(120))]
+        assert torch.equal(*(s.dense_mask() for s in opened)) and opened[0].one_list
+    joined = [join_heads([(order[0], lists), (order[1], other)], 120) for lists in (band, band.own_lists(120))]
+    assert torch.equal(*(checked(lists, 100, 120, 16).dense_mask() for lists in joined))
 
 
 @pytest.mark.parametrize(("n_q", "n_k", "block"), SHAPES)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import Selection
+from saccade.core.tilemath import fill_past
 
 WAITING = 256  # single queries whose lists are counted together
 LOOKED_INTO = 1 << 24  # keys that are looked up among rows at a time
@@ -175,7 +176,7 @@ def _listed_pairs(selection: Selection, rows: Tensor, k_positions: Tensor | None
     """Pairs of listed keys and rows at or after their position, the mean over batch and heads.
 
     A tile whose last position no row comes before counts whole, one whose first no row reaches not at all; only tiles between, which are
-    those around a row's own place, are looked into, and single keys are looked up among the sorted rows of their tile.
+    those around a row's own place, are looked into.
     """
     s = selection
     ranks = [x for x in (s.starts, s.tokens, rows.unsqueeze(2), k_positions) if x is not None]
@@ -184,7 +185,7 @@ def _listed_pairs(selection: Selection, rows: Tensor, k_positions: Tensor | None
     def widened(x: Tensor) -> Tensor:
         return x.repeat_interleave(heads // x.shape[1], 1).expand(batch, *(-1 for _ in x.shape[1:]))
 
-    starts, tokens = widened(s.starts), widened(s.tokens)
+    starts = widened(s.starts)
     never = torch.iinfo(torch.int32).max
     places = torch.arange(s.n_k, device=s.device)[None, None] if k_positions is None else k_positions
     places = torch.nn.functional.pad(widened(places.int()), (0, s.block_k), value=never)
@@ -194,11 +195,10 @@ def _listed_pairs(selection: Selection, rows: Tensor, k_positions: Tensor | None
     real = (tiled >= 0).sum(-1, keepdim=True)
     first = tiled.gather(-1, (s.block_q - real).clamp(max=s.block_q - 1))
     total = torch.zeros((), dtype=torch.float64, device=s.device)
-    if tokens.shape[-1]:
-        ids = tokens.long().clamp(max=s.n_k)
-        at = places.gather(-1, ids.flatten(2)).view(ids.shape)
-        earlier = torch.searchsorted(tiled, at.masked_fill(tokens >= s.n_k, never))
-        total += (s.block_q - earlier).sum(dtype=torch.float64)
+    if s.tokens.shape[-1]:
+        tokens = widened(s.tokens).long().clamp(max=s.n_k)
+        at = places.gather(-1, tokens.flatten(2)).view(tokens.shape).masked_fill_(tokens >= s.n_k, never)
+        total += _single_pairs(at, widened(s.token_counts), tiled)
     # the keys of a tile stand side by side in a window
     begin = starts.long().clamp(max=s.n_k)
     listed = starts < s.n_k
@@ -212,6 +212,21 @@ def _listed_pairs(selection: Selection, rows: Tensor, k_positions: Tensor | None
         keys = window[b[part], h[part], begin[b[part], h[part], t[part], m[part]]]
         total += (s.block_q - torch.searchsorted(tiled[b[part], h[part], t[part]], keys.contiguous())).sum(dtype=torch.float64)
     return float(total) / (batch * heads)
+
+
+def _single_pairs(at: Tensor, counts: Tensor, tiled: Tensor) -> Tensor:
+    """Pairs of single keys, at the places `at (B, H, T or 1, M)`, of which a tile lists the first `counts (B, H, T)`, and its sorted rows
+    `tiled (B, H, T, rows)`, padding first: float64."""
+    if bool((at[..., 1:] >= at[..., :-1]).all()):
+        # keys listed in order of their places: each row is looked up among them, in a list that tiles share as well
+        seen = torch.searchsorted(at, tiled.view(*at.shape[:3], -1), right=True).view(tiled.shape)
+        return seen.minimum(counts.unsqueeze(-1)).sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=at.device)
+    shared, (batch, heads, tiles, rows) = at.shape[2] < tiled.shape[2], tiled.shape
+    for part in torch.arange(tiles, device=at.device).split(max(1, LOOKED_INTO // (batch * heads * at.shape[3]))):
+        listed = fill_past(at if shared else at[:, :, part], counts[:, :, part], torch.iinfo(at.dtype).max)
+        total += (rows - torch.searchsorted(tiled[:, :, part], listed)).sum(dtype=torch.float64)
+    return total
 
 
 def _extremes(window: Tensor, begin: Tensor, sign: int, aligned: bool) -> Tensor:

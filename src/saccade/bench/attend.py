@@ -46,7 +46,7 @@ def _errors(q: Tensor, k: Tensor, v: Tensor, selection: Selection, impl: str) ->
     last = Selection(
         n_q=tiles * selection.block_q, n_k=selection.n_k, block_q=selection.block_q, block_k=selection.block_k,
         starts=selection.starts[:, :, -tiles:], start_counts=selection.start_counts[:, :, -tiles:],
-        tokens=selection.tokens[:, :, -tiles:], token_counts=selection.token_counts[:, :, -tiles:], causal=True,
+        tokens=selection.tokens_of(slice(-tiles, None)), token_counts=selection.token_counts[:, :, -tiles:], causal=True,
     )  # fmt: skip
     tail = q[:, :, -last.n_q :]
     exact = attend(tail.float(), k.float(), v.float(), last, impl="reference").out

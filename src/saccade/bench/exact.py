@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import Selection
-from saccade.core.tilemath import cover, mark
+from saccade.core.tilemath import cover, fill_past, mark
 
 ROWS = 64  # query rows of a checked slice
 
@@ -38,9 +38,11 @@ def rows_mask(selection: Selection | None, batch: int, head: int, heads: int, ro
     tile = rows // selection.block_q
 
     def listed(x: Tensor) -> Tensor:
-        return x[min(batch, x.shape[0] - 1), head * x.shape[1] // heads][tile]
+        own = x[min(batch, x.shape[0] - 1), head * x.shape[1] // heads]
+        return own if x.shape[2] < selection.tiles else own[tile]  # one list for all tiles
 
-    mask = cover(listed(selection.starts), selection.block_k, n_k) | mark(listed(selection.tokens), n_k)
+    tokens = fill_past(listed(selection.tokens), listed(selection.token_counts), n_k)
+    mask = cover(listed(selection.starts), selection.block_k, n_k) | mark(tokens, n_k)
     return mask & visible if selection.causal else mask
 
 

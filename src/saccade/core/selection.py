@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from saccade.core.keymajor import KeyMajor, transpose
 from saccade.core.mass import covered_mass
-from saccade.core.tilemath import cover, fill_past, list_true, listed_pairs, mark, row_tiles
+from saccade.core.tilemath import cover, fill_past, list_true, listed_pairs, mark, row_tiles, sorted_unique
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,11 @@ class Selection:
     Entries past a count hold n_k. H is the number of query heads, of key/value heads (shared by a group) or 1; B may be 1 for
     a pattern shared by the batch. aligned: every start is a multiple of block_k.
 
-    Use the constructors below, or `from_parts`, which sorts, removes duplicates and validates.
+    tokens, and log_weight with them, may also be one list for all query tiles, `(B, H, 1, M')`: tile t reads its first
+    `token_counts[..., t]` entries, and nothing is said by those after them; entries past the longest count hold n_k. Who reads token
+    lists goes by the counts, or asks `tokens_of` or `own_lists`.
+
+    Use the constructors below, or `from_parts`, which sorts, removes duplicates and validates; both give every tile a list of its own.
     """
 
     n_q: int
@@ -78,19 +82,19 @@ class Selection:
         if log_weight is not None and (tokens is None or log_weight.shape != tokens.shape):
             raise ValueError("log_weight must have the shape of tokens")
         empty = torch.full((*given.shape[:3], 0), n_k, dtype=torch.int32, device=given.device)
-        starts, start_counts, _ = _sorted_unique(empty if starts is None else starts, start_counts, None, n_k)
+        starts, start_counts, _ = sorted_unique(empty if starts is None else starts, start_counts, None, n_k)
         if starts.shape[-1] > 1:
             gaps = torch.where(starts[..., 1:] < n_k, starts[..., 1:] - starts[..., :-1], block_k)
             if bool((gaps < block_k).any()):
                 raise ValueError(f"key tiles of {block_k} overlap: starts must be at least {block_k} apart")
-        tokens, token_counts, log_weight = _sorted_unique(empty if tokens is None else tokens, token_counts, log_weight, n_k)
+        tokens, token_counts, log_weight = sorted_unique(empty if tokens is None else tokens, token_counts, log_weight, n_k)
         if tokens.shape[-1] and starts.shape[-1]:
             starts, tokens = _same_leading(starts, tokens)
             log_weight = None if log_weight is None else log_weight.expand(tokens.shape)
             before = torch.searchsorted(starts.contiguous(), tokens.contiguous(), right=True) - 1
             tile = torch.gather(starts, -1, before.clamp(min=0)).long()
             inside = (before >= 0) & (tokens.long() < tile + block_k)
-            tokens, token_counts, log_weight = _sorted_unique(tokens.masked_fill(inside, n_k), None, log_weight, n_k)
+            tokens, token_counts, log_weight = sorted_unique(tokens.masked_fill(inside, n_k), None, log_weight, n_k)
             start_counts = start_counts.expand(starts.shape[:3])
         return cls(
             n_q=n_q, n_k=n_k, block_q=block_q, block_k=block_k, starts=starts, start_counts=start_counts, tokens=tokens,
@@ -200,9 +204,27 @@ class Selection:
     def device(self) -> torch.device:
         return self.starts.device
 
+    @property
+    def one_list(self) -> bool:
+        """Whether the query tiles read the front parts of one token list."""
+        return self.tokens.shape[2] != self.token_counts.shape[2]
+
+    def tokens_of(self, tiles: slice | Tensor) -> Tensor:
+        """The single keys of some query tiles, a list for each: `(B, H, tiles, M')`, past its count n_k."""
+        if not self.one_list:
+            return self.tokens[:, :, tiles]
+        return fill_past(self.tokens, self.token_counts[:, :, tiles], self.n_k)
+
+    def own_lists(self) -> Selection:
+        """The same with a token list for each query tile; itself where it has them. For consumers that can afford the memory."""
+        if not self.one_list:
+            return self
+        tokens = self.tokens_of(slice(None))
+        return replace(self, tokens=tokens, log_weight=None if self.log_weight is None else self.log_weight.expand(tokens.shape))
+
     def coverage(self) -> Tensor:
         """Keys listed for each query tile, before causality: `(B, H, Tq, n_k)` bool. Memory n_q*n_k/block_q bytes a head."""
-        return cover(self.starts, self.block_k, self.n_k) | mark(self.tokens, self.n_k)
+        return cover(self.starts, self.block_k, self.n_k) | mark(self.tokens_of(slice(None)), self.n_k)
 
     def dense_mask(self) -> Tensor:
         """`(B, H, n_q, n_k)` bool: the meaning of this object. For tests and small pictures only."""
@@ -215,15 +237,12 @@ class Selection:
     def pairs(self) -> Tensor:
         """(query, key) score pairs that are read, int64 `(B, H)`, in closed form from the lists."""
         first, last = row_tiles(self.n_q, self.block_q, self.offset, self.device)
-
-        def count(begin: Tensor, length: int) -> Tensor:
-            if self.causal:
-                return listed_pairs(begin, length, first, last, self.n_k, self.block_q)
-            begin = begin.long()
-            pairs = (last - first)[:, None] * ((begin + length).clamp(max=self.n_k) - begin)
-            return pairs.masked_fill(begin >= self.n_k, 0).sum((-1, -2))
-
-        return count(self.starts, self.block_k) + count(self.tokens, 1)
+        if self.causal:
+            tiles = listed_pairs(self.starts, self.start_counts, self.block_k, first, last, self.n_k, self.block_q)
+            return tiles + listed_pairs(self.tokens, self.token_counts, 1, first, last, self.n_k, self.block_q)
+        begin = self.starts.long()
+        inside = ((begin + self.block_k).clamp(max=self.n_k) - begin).masked_fill(begin >= self.n_k, 0).sum(-1)
+        return ((last - first) * inside).sum(-1) + ((last - first) * self.token_counts).sum(-1)
 
     def visible_pairs(self) -> int:
         """Pairs that dense attention would compute, per head."""
@@ -316,7 +335,7 @@ class Selection:
         parts = {
             name: value.repeat_interleave(times, dim=2)[:, :, :tiles]
             for name in ("starts", "start_counts", "tokens", "token_counts", "log_weight")
-            if (value := getattr(self, name)) is not None
+            if (value := getattr(self, name)) is not None and not (self.one_list and name in ("tokens", "log_weight"))
         }
         return replace(self, block_q=block_q, **parts)
 
@@ -344,24 +363,6 @@ def _same_leading(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.expand(*lead, -1), b.expand(*lead, -1)
 
 
-def _sorted_unique(
-    ids: Tensor, counts: Tensor | None, weight: Tensor | None, n: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sort each row, drop what lies outside [0, n) and repeats, and say how many are left."""
-    ids = ids.to(torch.int32)
-    if counts is not None:
-        ids = fill_past(ids, counts, n)
-    ids = ids.masked_fill((ids < 0) | (ids >= n), n)
-    for _ in range(2):  # the second sort moves the repeats found by the first to the end
-        ids, order = torch.sort(ids, dim=-1, stable=True)
-        weight = None if weight is None else torch.gather(weight, -1, order)
-        repeated = ids[..., 1:] == ids[..., :-1]
-        ids = torch.cat([ids[..., :1], ids[..., 1:].masked_fill(repeated, n)], dim=-1)
-    counts = (ids < n).sum(-1, dtype=torch.int32)
-    longest = int(counts.max()) if counts.numel() else 0
-    return ids[..., :longest], counts, None if weight is None else weight[..., :longest].float()
-
-
 def _combined_weight(a: Selection, b: Selection, *, union: bool) -> Tensor | None:
     """Per-key weights `(B, H, Tq, n_k)` of a union or intersection; None when neither operand has weights."""
     if a.log_weight is None and b.log_weight is None:
@@ -369,6 +370,7 @@ def _combined_weight(a: Selection, b: Selection, *, union: bool) -> Tensor | Non
 
     def spread(s: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """(weight of each key, whether it carries one, whether it is listed without one)."""
+        s = s.own_lists()
         plain, singles = cover(s.starts, s.block_k, s.n_k), mark(s.tokens, s.n_k)
         if s.log_weight is None:
             return torch.zeros_like(plain, dtype=torch.float32), torch.zeros_like(plain), plain | singles

@@ -60,20 +60,45 @@ def row_tiles(n_q: int, block_q: int, first_position: int, device: torch.device)
     return first + first_position, (first + block_q).clamp(max=n_q) + first_position
 
 
-def listed_pairs(ids: Tensor, length: int, first_row: Tensor, last_row: Tensor, n_k: int, rows: int) -> Tensor:
+def sorted_unique(
+    ids: Tensor, counts: Tensor | None, weight: Tensor | None, n: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sort each row, drop what lies outside [0, n) and repeats, and say how many are left."""
+    ids = ids.to(torch.int32)
+    if counts is not None:
+        ids = fill_past(ids, counts, n)
+    ids = ids.masked_fill((ids < 0) | (ids >= n), n)
+    for _ in range(2):  # the second sort moves the repeats found by the first to the end
+        ids, order = torch.sort(ids, dim=-1, stable=True)
+        weight = None if weight is None else torch.gather(weight, -1, order)
+        repeated = ids[..., 1:] == ids[..., :-1]
+        ids = torch.cat([ids[..., :1], ids[..., 1:].masked_fill(repeated, n)], dim=-1)
+    counts = (ids < n).sum(-1, dtype=torch.int32)
+    longest = int(counts.max()) if counts.numel() else 0
+    return ids[..., :longest], counts, None if weight is None else weight[..., :longest].float()
+
+
+def listed_pairs(
+    ids: Tensor, counts: Tensor, length: int, first_row: Tensor, last_row: Tensor, n_k: int, rows: int
+) -> Tensor:
     """Pairs (p, j) with j <= p of rows `first_row <= p < last_row (T,)`, at most `rows` of them, and keys j of `[id, id + length)`.
 
-    ids: `(B, H, T, M)` ascending and at least `length` apart, past the end n_k. int64 `(B, H)`. Lists are searched, not gone through:
-    what ends before the first row is read by every row, and only the few that reach into the tile's own rows are looked at.
+    ids: `(B, H, T, M)` ascending and at least `length` apart, or one list `(B, H, 1, M)`; the first `counts (B, H, T)` of each count.
+    int64 `(B, H)`. Lists are searched, not gone through: what ends before the first row is read by every row, and only the few that
+    reach into the tile's own rows are looked at.
     """
+    batch, heads, lists, longest = ids.shape
+    tiles, ends = counts.shape[2], counts.unsqueeze(-1)
     first, last = first_row.unsqueeze(-1), last_row.unsqueeze(-1)
-    bound = (first - length + 1).to(ids.dtype).expand(*ids.shape[:3], 1).contiguous()
-    whole = torch.searchsorted(ids.contiguous(), bound, right=True)
+    together = tiles // max(lists, 1)  # tiles that look into the same list, side by side
+    bound = (first - length + 1).to(ids.dtype).view(lists, together).expand(batch, heads, -1, -1).contiguous()
+    whole = torch.searchsorted(ids.contiguous(), bound, right=True).view(batch, heads, tiles, 1).minimum(ends)
     seen = whole * length * (last - first)
-    some = min(ids.shape[-1], max(0, (rows + length - 3) // length + 1))
+    some = min(longest, max(0, (rows + length - 3) // length + 1))
     if some:
         at = whole + torch.arange(some, device=ids.device)
-        begin = ids.gather(-1, at.clamp(max=ids.shape[-1] - 1)).long().masked_fill_(at >= ids.shape[-1], n_k)
+        places = at.clamp(max=longest - 1).view(batch, heads, lists, together * some)
+        begin = ids.gather(-1, places).view(at.shape).long()
         pairs = causal_pairs(first, last, begin, (begin + length).clamp(max=n_k))
-        seen = seen + pairs.masked_fill_(begin >= n_k, 0).sum(-1, keepdim=True)
+        seen = seen + pairs.masked_fill_(at >= ends, 0).sum(-1, keepdim=True)
     return seen.sum((-1, -2))

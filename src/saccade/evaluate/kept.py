@@ -22,7 +22,7 @@ MOST_TILES = 1 << 27  # tiles of all heads whose sums are held for the mass of a
 def listed(selection: Selection, tiles: slice | Tensor) -> Tensor:
     """Keys listed for some query tiles of a selection of batch 1, before causality: `(H, tiles, n_k)` bool."""
     whole = cover(selection.starts[0, :, tiles], selection.block_k, selection.n_k)
-    return whole | mark(selection.tokens[0, :, tiles], selection.n_k)
+    return whole | mark(selection.tokens_of(tiles)[0], selection.n_k)
 
 
 def kept_shares(selection: Selection, tile: int) -> Tensor:

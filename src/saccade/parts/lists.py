@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from saccade.core import Selection
+from saccade.core.tilemath import fill_past
 
 
 class KeyLists(NamedTuple):
     """Keys read by each query tile: tiles of `block` keys from `starts (B, H, Tq, M)` on, and single `tokens (B, H, Tq, M')`.
 
-    Both int32, ascending, entries past the end of a list hold n_k; tiles are disjoint and no token lies inside one.
+    Both int32, ascending, entries past the end of a list hold n_k; tiles are disjoint and no token lies inside one. With `token_counts
+    (B, H, Tq)` int32 the tokens are one list `(B, H, 1, M')`, of which each query tile reads that many, as a `Selection` has it.
     """
 
     starts: Tensor
     tokens: Tensor
+    token_counts: Tensor | None = None
 
     def selection(self, *, n_q: int, n_k: int, block: int, block_q: int | None = None) -> Selection:
         """The Selection with key tiles of `block` and query tiles of `block_q` (default: the same).
@@ -29,9 +32,13 @@ class KeyLists(NamedTuple):
         return Selection(
             n_q=n_q, n_k=n_k, block_q=block_q or block, block_k=block, starts=self.starts, tokens=self.tokens,
             start_counts=(self.starts < n_k).sum(-1, dtype=torch.int32),
-            token_counts=(self.tokens < n_k).sum(-1, dtype=torch.int32),
+            token_counts=(self.tokens < n_k).sum(-1, dtype=torch.int32) if self.token_counts is None else self.token_counts,
             aligned=not bool(((self.starts % block != 0) & (self.starts < n_k)).any()),
         )  # fmt: skip
+
+    def own_lists(self, n_k: int) -> KeyLists:
+        """The same with a token list for each query tile."""
+        return self if self.token_counts is None else KeyLists(self.starts, fill_past(self.tokens, self.token_counts, n_k))
 
 
 def tile_ends(n_q: int, n_k: int, block: int, device: torch.device | str = "cpu") -> Tensor:
@@ -96,7 +103,8 @@ def join_heads(parts: Sequence[tuple[Tensor, KeyLists]], n_k: int) -> KeyLists:
         return parts[0][1]
     order = torch.cat([heads for heads, _ in parts]).argsort()
     joined = []
-    for pieces in zip(*(lists for _, lists in parts), strict=True):
+    own = [lists.own_lists(n_k) for _, lists in parts]
+    for pieces in ([lists.starts for lists in own], [lists.tokens for lists in own]):
         longest = max(piece.shape[-1] for piece in pieces)
         batch = max(piece.shape[0] for piece in pieces)
         same = [
@@ -115,4 +123,8 @@ def open_rows(lists: KeyLists, *, n_q: int, n_k: int, last: int, block: int) -> 
     whole = torch.nn.functional.pad(whole, (0, starts.shape[-1] - whole.shape[0]), value=n_k)
     tile = torch.arange(starts.shape[2], device=starts.device).unsqueeze(-1)
     opened = (tile + 1) * block > n_q - last
-    return KeyLists(torch.where(opened, whole, starts), torch.where(opened, n_k, lists.tokens))
+    starts = torch.where(opened, whole, starts)
+    if lists.token_counts is None:
+        return KeyLists(starts, torch.where(opened, n_k, lists.tokens))
+    counts = lists.token_counts.masked_fill(opened.squeeze(-1), 0)
+    return KeyLists(starts, fill_past(lists.tokens, counts.amax(-1, keepdim=True), n_k), counts)

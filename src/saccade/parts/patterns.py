@@ -31,12 +31,12 @@ def band_and_columns(columns: Tensor, width: int, ends: Tensor, block: int) -> K
     """Each query's last `width` keys, itself included, and chosen columns: bool `(B, H, n_k)`."""
     n_k = columns.shape[-1]
     begin = (ends - block - width + 1).clamp(min=0)
-    ids, _ = list_true(columns)
     shape = (*columns.shape[:2], ends.shape[0])
     starts = run_tiles(begin, ends.clamp(max=n_k), block, n_k).expand(*shape, -1)
     # the band reaches from `begin` to the newest row, so what a tile lists beside it is the front part of one list
-    tokens = ids.unsqueeze(2).expand(*shape, -1)
-    return KeyLists(starts, torch.where(tokens < begin.view(-1, 1), tokens, n_k))
+    ids, _ = list_true(columns & (torch.arange(n_k, device=columns.device) < begin[-1]))
+    counts = torch.searchsorted(ids, begin.to(torch.int32).expand(shape).contiguous(), out_int32=True)
+    return KeyLists(starts, ids.unsqueeze(2), counts)
 
 
 def vertical_slash(columns: Tensor, offsets: Tensor, ends: Tensor, block: int) -> KeyLists:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import Partial, Selection, merge
+from saccade.core.tilemath import fill_past
 from saccade.ops.attend.features import Bounds, by_query_head, counted_only, row_bounds
 from saccade.ops.attend.gather import KeyRows
 from saccade.ops.attend.problem import Problem
@@ -111,10 +112,8 @@ class _Work:
         s = self.lists
         pairs = torch.div(triples, s.tiles, rounding_mode="floor")
         first = (triples % s.tiles) * s.block_q + s.offset
-        starts, tokens = (
-            x.flatten(0, 2)[triples, : int(count.flatten()[triples].max())].long()
-            for x, count in ((s.starts, s.start_counts), (s.tokens, s.token_counts))
-        )
+        n_tiles, n_tokens = _longest(s, triples)
+        starts, tokens = _listed(s.starts, s, triples, n_tiles).long(), _single_keys(s, triples, n_tokens).long()
         # last tiles, which rows see in part, stand in the same columns
         starts = _ends_aligned(starts, s.start_counts.flatten()[triples], s.n_k)
         within = torch.arange(s.block_k, device=s.device)
@@ -280,12 +279,30 @@ class _Work:
 
 def _key_ids(s: Selection, triples: Tensor) -> tuple[Tensor, int]:
     """Key ids `(P, n)` int64 of each triple, single tokens last (ids >= n_k are padding), and how many columns are tokens."""
-    n_tiles, n_tokens = (int(c.flatten()[triples].max()) for c in (s.start_counts, s.token_counts))
-    starts = s.starts.flatten(0, 2)[triples, :n_tiles].long()
+    n_tiles, n_tokens = _longest(s, triples)
+    starts = _listed(s.starts, s, triples, n_tiles).long()
     ids = (starts.unsqueeze(-1) + torch.arange(s.block_k, device=s.device)).flatten(1)
     if n_tokens:
-        ids = torch.cat([ids, s.tokens.flatten(0, 2)[triples, :n_tokens].long()], dim=1)
+        ids = torch.cat([ids, _single_keys(s, triples, n_tokens).long()], dim=1)
     return ids, n_tokens
+
+
+def _longest(s: Selection, triples: Tensor) -> tuple[int, int]:
+    """The most tiles, and the most single tokens, that one of the triples reads."""
+    tiles, tokens = (int(counts.flatten()[triples].max()) for counts in (s.start_counts, s.token_counts))
+    return tiles, tokens
+
+
+def _listed(x: Tensor, s: Selection, triples: Tensor, width: int) -> Tensor:
+    """The first `width` entries of `x (B, H, Tq or 1, M)` for each triple: `(P, width)`."""
+    rows = triples if x.shape[2] == s.tiles else torch.div(triples, s.tiles, rounding_mode="floor")
+    return x.flatten(0, 2)[rows, :width]
+
+
+def _single_keys(s: Selection, triples: Tensor, width: int) -> Tensor:
+    """The single tokens of each triple, past its count n_k: `(P, width)`. Only here are lists that tiles share written out."""
+    tokens = _listed(s.tokens, s, triples, width)
+    return fill_past(tokens, s.token_counts.flatten()[triples], s.n_k) if s.one_list else tokens
 
 
 def _ends_aligned(starts: Tensor, counts: Tensor, n_k: int) -> Tensor:
@@ -327,7 +344,7 @@ def _bias(problem: Problem, s: Selection, triples: Tensor, ids: Tensor, n_tokens
     """Additive terms `(P, rows or 1, n)` for the gathered keys: the bias argument and the selection's log weights."""
     total: Tensor | None = None
     if s.log_weight is not None:
-        weight = s.log_weight.flatten(0, 2)[triples, :n_tokens]
+        weight = _listed(s.log_weight, s, triples, n_tokens)
         # padding carries any weight: it is masked
         total = torch.nn.functional.pad(weight, (ids.shape[-1] - n_tokens, 0)).unsqueeze(1)
     if problem.bias is None:

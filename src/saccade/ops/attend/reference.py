@@ -98,7 +98,7 @@ def _log_weight(problem: Problem) -> Tensor | None:
     """Per-pair log weights `(B, Hq, Nq, Nk)` of the selection's single keys."""
     if problem.selection is None or problem.selection.log_weight is None:
         return None
-    s = problem.selection.expand(problem.q.shape[0], problem.q.shape[1])
+    s = problem.selection.own_lists().expand(problem.q.shape[0], problem.q.shape[1])
     assert s.log_weight is not None
     spread = torch.zeros(*s.tokens.shape[:-1], s.n_k + 1, device=s.device)
     spread = spread.scatter(-1, s.tokens.long(), s.log_weight)[..., : s.n_k]

@@ -150,7 +150,7 @@ def _in_torch(
         return _joined(parts, q, v)
     # lists of a key/value head serve the rows of its whole group
     lists = kv_heads if kv_heads % selection.heads == 0 else heads
-    s = selection.expand(batch, lists)
+    s = selection.own_lists().expand(batch, lists)
     kv = torch.arange(lists, device=q.device) // (lists // kv_heads)
     outs = []
     for tile, first in enumerate(range(0, m, s.block_q)):

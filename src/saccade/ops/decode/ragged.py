@@ -66,7 +66,8 @@ def _first(s: Selection, b: int, n: int) -> Selection:
         return x if x.shape[0] == 1 else x[b : b + 1]
 
     starts, tokens = own(s.starts), own(s.tokens)
+    token_counts = own(s.token_counts).minimum((tokens < n).sum(-1, dtype=torch.int32))  # of one list, tiles may read less
     return replace(
         s, n_k=n, starts=starts.clamp(max=n), start_counts=(starts < n).sum(-1, dtype=torch.int32), tokens=tokens.clamp(max=n),
-        token_counts=(tokens < n).sum(-1, dtype=torch.int32), log_weight=None if s.log_weight is None else own(s.log_weight),
+        token_counts=token_counts, log_weight=None if s.log_weight is None else own(s.log_weight),
     )  # fmt: skip

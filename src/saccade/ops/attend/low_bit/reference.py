@@ -69,7 +69,7 @@ def _log_weight(p: Problem) -> Tensor | None:
     """What the selection adds to each logit, `(B, Hq, Nq, Nk)`."""
     if p.selection is None or p.selection.log_weight is None:
         return None
-    s = p.selection.expand(p.q.shape[0], p.q.shape[1])
+    s = p.selection.own_lists().expand(p.q.shape[0], p.q.shape[1])
     assert s.log_weight is not None
     spread = torch.zeros(*s.tokens.shape[:-1], s.n_k + 1, dtype=torch.float64, device=s.device)
     spread = spread.scatter(-1, s.tokens.long(), s.log_weight.double())[..., : s.n_k]

@@ -41,7 +41,8 @@ def forward_config(dim: int, dtype: torch.dtype, singles: bool = False) -> Confi
 
 
 class Lists(NamedTuple):
-    """A selection's lists as the kernels take them. starts, tokens `(B or 1, H, Tq, M)` int32, counts `(B or 1, H, Tq)` int32."""
+    """A selection's lists as the kernels take them: starts `(B or 1, H, Tq, M)`, tokens `(B or 1, H, Tq or 1, M')`, counts
+    `(B or 1, H, Tq)`, all int32. The kernels go by the counts."""
 
     starts: Tensor
     start_counts: Tensor
@@ -73,7 +74,7 @@ def list_strides(lists: Lists) -> tuple[int, ...]:
     """Strides of batch, head and tile of the starts, batch and head of their counts, then the same for the tokens; 0 where shared."""
     out: list[int] = []
     for ids, counts in ((lists.starts, lists.start_counts), (lists.tokens, lists.token_counts)):
-        out += [0 if ids.shape[i] == 1 else ids.stride(i) for i in (0, 1)] + [ids.stride(2)]
+        out += [0 if ids.shape[i] == 1 else ids.stride(i) for i in (0, 1, 2)]
         out += [0 if counts.shape[i] == 1 else counts.stride(i) for i in (0, 1)]
     return tuple(out)
 

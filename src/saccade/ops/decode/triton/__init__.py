@@ -28,7 +28,7 @@ def attend(
         return run(q, k, v, lengths, offsets, block_table, kv_heads, scale, softcap, causal, return_lse, *rest)
     run = torch.ops.saccade.decode_listed if compiling else launch_listed
     rest = () if compiling else (config,)
-    s = selection
+    s = selection.own_lists()
     return run(
         q, k, v, lengths, block_table, s.starts, s.start_counts, s.tokens, s.token_counts, s.log_weight, s.block_q, s.block_k,
         s.n_k, scale, softcap, causal or s.causal, return_lse, *rest,

@@ -257,6 +257,7 @@ def attend(
     assert t is not None
     lists = (None,) * 5 + (1, 1, False)
     if s is not None:
+        s = s.own_lists()
         lists = (s.starts, s.start_counts, s.tokens, s.token_counts, s.log_weight, s.block_q, s.block_k, s.causal)
     args = (
         q, keys.factors, keys.basis, v, t.positions, t.inv_freq, t.cos, t.sin, t.interleaved, *lists, scale, softcap, want_lse
