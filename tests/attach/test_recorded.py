@@ -57,7 +57,7 @@ def test_dense_steps_are_recorded_and_change_nothing() -> None:
         stats = handle.stats()
     assert error(found, dense) < 1e-12
     assert handle.steps is not None
-    # the first single token ends the prompt; then windows of 6: one as it is, one recorded, four repeated
+    # windows of 6: one as it is, one recorded, four repeated
     assert (handle.steps.plain, handle.steps.recorded, handle.steps.replayed) == (4, 4, 12)
     assert stats.decode_density == pytest.approx(1.0) and stats.tokens_seen == 60 and stats.kept == [[60, 60]] * 2
     assert cache.layers[0].positions()[0, 0].tolist() == list(range(60))
@@ -101,6 +101,17 @@ def test_a_method_chooses_among_what_was_there_before_the_window() -> None:
     with attached(decode=Watched(page_size=4, budget=12, dense_layers=0)):
         steps(tokens(1, 50), 40)
     assert sorted(set(seen)) == [40, 46]
+
+
+def test_a_method_that_attends_by_itself_is_found_out() -> None:
+    from saccade.methods.decode.quest import Quest
+
+    class Alone(Quest):
+        def attend(self, ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return q
+
+    with attached(decode=Alone(page_size=4, budget=12, dense_layers=0)), pytest.raises(ValueError, match=r"not attended through ctx\.attend"):
+        steps(tokens(1, 50), 40)
 
 
 # -- cache policies ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,15 +188,19 @@ class LayerRunner:
         if self.watches:
             window.ask(q)
         ctx = self._context(call, None, layer, seen=layer.seen, phase="decode")
-        near = window.read(q, scale=call.scale, softcap=call.softcap)
+        join = partial(window.attend, scale=call.scale, softcap=call.softcap)
         if self.decode is None:
             parts = [read_segment(s, q, None, ctx) for s in layer.segments]
             parts += [read_tail(ctx, q, k, v, return_lse=True)] if window.begin else []
-            self._count(self.stats.decode, None, 1, layer.tail.n if layer.tail else 0, layer.seen, sum(s.length for s in layer.segments))
-            return merge(*parts, near).out
+            sealed = sum(s.length for s in layer.segments)
+            self._count(self.stats.decode, None, 1, window.begin + layer.seen - window.seen, layer.seen, sealed)
+            return join(q, merge(*parts) if parts else None)
         self.stats.decode.add(layer.seen - window.seen, 0)
-        step = beside(replace(ctx, shared=ctx.shared.setdefault("query 0", {}), segments=layer.segments), near)
-        return self._step(step, layer, q, MixedEntries((), k, v), None)
+        step = beside(replace(ctx, shared=ctx.shared.setdefault("query 0", {}), segments=layer.segments), join)
+        out = self._step(step, layer, q, MixedEntries((), k, v), None)
+        if window.token is not None:
+            raise ValueError(f"{self.decode.info.slug} has not attended through ctx.attend, so its steps can't be recorded")
+        return out
 
     def end_window(self, layer: KVLayer, queries: Tensor | None) -> None:
         """After steps in a window: the policy sees their queries `(B, Hq, m, D)`, whose keys are the newest entries, and may act."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from saccade.attach.stats import computed_pairs
 from saccade.cache import KVLayer, Segment
 from saccade.cache.mixed import MixedEntries
 from saccade.cache.segment import attend_rectangle
-from saccade.core import LayerContext, Partial, Selection, merge
+from saccade.core import LayerContext, Partial, Selection
 from saccade.ops import attend, decode
 from saccade.parts.merging import LOG_WEIGHT
 
@@ -49,16 +50,16 @@ def reading_encoded(ctx: LayerContext, entries: MixedEntries) -> LayerContext:
     return replace(ctx, partial=partial, attend=run, entries=entries)
 
 
-def beside(ctx: LayerContext, near: Partial) -> LayerContext:
-    """The context of a step that has read some entries already, `near`: what it attends to comes on top, in one softmax."""
+def beside(ctx: LayerContext, join: Callable[[Tensor, Partial], Tensor]) -> LayerContext:
+    """The context of a step whose attention is joined, by `join(q, partial)`, with that over entries the method knows nothing of."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **options: Any) -> Tensor:
-        return merge(ctx.partial(q, k, v, selection, **{**options, "return_lse": True}), near).out
+        return join(q, ctx.partial(q, k, v, selection, **{**options, "return_lse": True}))
 
     def refuse(*_: Any, **__: Any) -> Partial:
         raise ValueError("a step that is recorded attends once, through ctx.attend: set Info.recordable only for methods that do")
 
-    return replace(ctx, attend=run, partial=refuse)
+    return replace(ctx, attend=run, partial=refuse, recorded=True)
 
 
 def tail_weights(layer: KVLayer, row: int | None) -> Tensor | None:

@@ -182,7 +182,7 @@ class _Recording:
     def __init__(self, owner: RecordedSteps, layers: dict[int, KVLayer], ids: Tensor, cache: Any) -> None:
         self.owner, self.layers, self.cache = owner, layers, cache
         self.ids, self.positions = ids.clone(), torch.zeros_like(ids)
-        self.clock = Clock(ids.shape[0], ids.device)
+        self.clock = Clock(ids.device)
         self.steps, self.replay = 0, None
         self.gains: dict[int, tuple[float, float]] = {}
         for layer in layers.values():

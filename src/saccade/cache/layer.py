@@ -144,7 +144,7 @@ class KVLayer(CacheLayerMixin):
         Returns all entries where they lie in one rectangle, else only the new ones (attention then reads the segments itself).
         """
         if self.window is not None and self.window.running:
-            self.window.write(key_states, value_states)
+            self.window.take(key_states, value_states)
             self.advance()
             return key_states, value_states
         if self.before_append is not None:

@@ -14,26 +14,23 @@ from torch import Tensor
 
 from saccade.cache.tail import Tail
 from saccade.core import Partial
-from saccade.ops.decode import decode
+from saccade.ops.decode import decode_beside
 
 
 class Clock:
-    """Which step of a window runs, as numbers on the device: place `(1,)` int64, counting from 0, and filled `(B,)` int32, the tokens in
-    the window with the one of this step."""
+    """Which step of a window runs, counting from 0, as a number on the device: place `(1,)` int64."""
 
-    def __init__(self, batch: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self.filled = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def set(self, place: int) -> None:
         self.place.fill_(place)
-        self.filled.fill_(place + 1)
 
 
 @dataclass(kw_only=True)
 class Window:
     """keys `(B, H, size, D)` and values `(B, H, size, Dv)`: the room behind the first `begin` entries of `tail`. seen: tokens of the
-    sequence when it was opened. running: whether the step at hand writes here. queries `(B, Hq, size, D)`: those of the steps, where
+    sequence when it was opened. running: whether the step at hand writes here. token: its key and value, until it attends. queries `(B, Hq, size, D)`: those of the steps, where
     somebody wants to see them."""
 
     tail: Tail
@@ -44,6 +41,7 @@ class Window:
     values: Tensor
     clock: Clock
     running: bool = False
+    token: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     queries: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -61,10 +59,9 @@ class Window:
         """Whether a layer that holds `tail` after `seen` tokens is as so many steps have left it."""
         return tail is self.tail and self.tail.n - self.begin == seen - self.seen == steps
 
-    def write(self, k: Tensor, v: Tensor) -> None:
-        """The keys and values `(B, H, 1, ...)` of this step's token."""
-        self.keys.index_copy_(2, self.clock.place, k)
-        self.values.index_copy_(2, self.clock.place, v)
+    def take(self, k: Tensor, v: Tensor) -> None:
+        """The keys and values `(B, H, 1, ...)` of this step's token, which are written when it attends."""
+        self.token = k, v
 
     def ask(self, q: Tensor) -> None:
         """Keep the query `(B, Hq, 1, D)` of this step."""
@@ -72,6 +69,8 @@ class Window:
             self.queries = q.new_zeros(*q.shape[:2], self.size, q.shape[3])
         self.queries.index_copy_(2, self.clock.place, q)
 
-    def read(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
-        """Attention of q `(B, Hq, 1, D)` over the tokens written so far, its own among them, with log-sum-exp."""
-        return decode(q, self.keys, self.values, lengths=self.clock.filled, scale=scale, softcap=softcap, return_lse=True)
+    def attend(self, q: Tensor, others: Partial | None, *, scale: float, softcap: float | None) -> Tensor:
+        """Attention `(B, Hq, 1, Dv)` of q over the window's tokens so far, its own among them, and what `others` has read."""
+        assert self.token is not None
+        (k, v), self.token = self.token, None
+        return decode_beside(q, k, v, self.keys, self.values, self.clock.place, others, scale=scale, softcap=softcap)

@@ -73,6 +73,7 @@ class LayerContext:
     scale and softcap, and counts the pairs it computed; options are those of `saccade.ops.attend` (q_positions, impl, ...).
     partial: the same as a Partial with its log-sum-exp, to be merged with others. Calls may cover some rows or heads only.
     count: `count(pairs)` adds the work of a method that computes scores itself, in score pairs, the mean over batch and heads.
+    recorded: whether the step stands for others that repeat it (`Info.recordable`): it attends once, through `attend`.
     seed: for methods that sample.
     """
 
@@ -96,6 +97,7 @@ class LayerContext:
     state: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     sequence: dict[str, Any] = field(default_factory=dict)
+    recorded: bool = False
     seed: int = 0
 
     def publish(self, selection: Selection) -> None:

@@ -115,7 +115,7 @@ class Planner(Decode):
         if self.reads_all(n):
             ctx.publish(Selection.full(1, n, block_q=1, device=q.device))
             return ctx.attend(q, k, v, None)
-        if q.is_cuda and ctx.entries is None:
+        if ctx.recorded or (q.is_cuda and ctx.entries is None):
             # the decode kernel reads the keys a second time, which costs less than weights written out and read again
             out = ctx.attend(q, k, v, None)
             ctx.publish(self.choose(ctx, self.scores(ctx, q, k)))

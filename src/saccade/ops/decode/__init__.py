@@ -3,7 +3,8 @@
 The cache is a rectangle `(B, Hk, n, D)`; or ragged: keys `(total, D)` of all (batch, head) pairs one after another with `offsets`;
 or paged: keys `(P, page, Hk, D)` with `block_table (B, pages)`, token t of row b at slot `t % page` of page `block_table[b, t // page]`.
 `lengths` says how many keys of each row count. A Selection restricts what is read. The result carries its log-sum-exp on
-request, so that segments of a cache merge exactly. `decode_quantised` reads a segment held in few bits (`Packed`).
+request, so that segments of a cache merge exactly. `decode_quantised` reads a segment held in few bits (`Packed`), `decode_beside` a
+token and those just before it, whose number only the device knows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from saccade.core import HeadLayout, Partial, Selection, check_attention_inputs
 from saccade.ops.attend.problem import Problem
 from saccade.ops.decode import cpu, reference
+from saccade.ops.decode.beside import decode_beside
 from saccade.ops.decode.check import check_lengths, check_paged, check_ragged, check_selection
 from saccade.ops.decode.low_rank import decode_low_rank
 from saccade.ops.decode.packed import Packed
@@ -29,7 +31,7 @@ from saccade.ops.record import LastRun, note
 Impl = Literal["auto", "reference", "cpu", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 
-__all__ = ["IMPLEMENTATIONS", "Packed", "decode", "decode_low_rank", "decode_quantised"]
+__all__ = ["IMPLEMENTATIONS", "Packed", "decode", "decode_beside", "decode_low_rank", "decode_quantised"]
 
 
 def decode(
