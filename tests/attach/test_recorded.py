@@ -110,7 +110,8 @@ def test_a_method_that_attends_by_itself_is_found_out() -> None:
         def attend(self, ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return q
 
-    with attached(decode=Alone(page_size=4, budget=12, dense_layers=0)), pytest.raises(ValueError, match=r"not attended through ctx\.attend"):
+    alone = Alone(page_size=4, budget=12, dense_layers=0)
+    with attached(decode=alone), pytest.raises(ValueError, match=r"not attended through ctx\.attend"):
         steps(tokens(1, 50), 40)
 
 
@@ -235,6 +236,23 @@ def test_other_reasons_are_told() -> None:
         model(ids, past_key_values=cache)
         for _ in range(2):
             model(ids[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_step_that_fails_to_be_recorded_runs_as_before() -> None:
+    ids = tokens(2, 60)
+
+    def fails(step: Any) -> Any:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with attached() as handle, pytest.warns(UserWarning, match="one could not be .operation not permitted"):
+        assert handle.steps is not None
+        handle.steps._recorder = fails
+        cache = DynamicCache(config=llama().config)
+        found = steps(ids, 40, cache)
+    assert error(found, steps(ids, 40)) < 1e-12 and cache.get_seq_length() == 60
+    assert cache.layers[0].positions()[0, 0].tolist() == list(range(60))
 
 
 def test_what_can_not_be_recorded_is_refused() -> None:

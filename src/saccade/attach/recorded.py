@@ -90,6 +90,7 @@ class RecordedSteps:
         self._current: _Recording | None = None
         self._told: set[str] = set()
         self.recorded = self.replayed = self.plain = 0
+        self.given_up: str | None = None  # why a step could not be recorded
 
     def take(self, model: nn.Module) -> Callable[[], None]:
         """Put this in the place of the model's forward; returns what undoes it."""
@@ -153,6 +154,8 @@ class RecordedSteps:
 
     def _unfit(self, kwargs: dict[str, Any], layers: dict[int, KVLayer], ids: Tensor) -> str | None:
         """Why this step can't be part of a recording, or None."""
+        if self.given_up is not None:
+            return self.given_up
         if self._recorder is None and ids.device.type != "cuda":
             return f"the model is on {ids.device}, and CUDA graphs need a CUDA device"
         if torch.is_grad_enabled():
@@ -215,7 +218,7 @@ class _Recording:
         else:
             self.owner.replayed += 1
             for index, layer in self.layers.items():
-                layer.advance()
+                layer.count()
                 computed, visible = self.gains[index]
                 later = self.steps - 1  # a step reads a token more than the one before it
                 self.owner._runners[index].stats.decode.add(computed + later, visible + later)
@@ -238,7 +241,14 @@ class _Recording:
         """Record a step and run it, and note what a step adds to the counts."""
         counts = {index: self.owner._runners[index].stats.decode for index in self.layers}
         before = {index: (count.computed, count.visible) for index, count in counts.items()}
-        self.replay = (self.owner._recorder or _graphs())(self._run)
+        held = {index: layer.seen for index, layer in self.layers.items()}
+        try:
+            self.replay = (self.owner._recorder or _graphs())(self._run)
+        except RuntimeError as error:  # the recording is given up, and the device goes on
+            for index, layer in self.layers.items():
+                layer.count(held[index] - layer.seen)
+            self.owner.given_up = f"one could not be ({str(error).strip().splitlines()[0]})"
+            return self._run()
         out = self.replay()
         self.gains = {index: (count.computed - before[index][0], count.visible - before[index][1]) for index, count in counts.items()}
         return out

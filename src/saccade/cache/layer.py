@@ -145,7 +145,7 @@ class KVLayer(CacheLayerMixin):
         """
         if self.window is not None and self.window.running:
             self.window.take(key_states, value_states)
-            self.advance()
+            self.count()
             return key_states, value_states
         if self.before_append is not None:
             self.before_append(key_states.shape[2] - (0 if self._back is None else self._back.shape[1]))
@@ -170,11 +170,11 @@ class KVLayer(CacheLayerMixin):
         self.seen += m
         return (self.tail.keys, self.tail.values) if self.plain else (key_states, value_states)
 
-    def advance(self) -> None:
-        """Count the token that a step has written to the window."""
+    def count(self, m: int = 1) -> None:
+        """Count m tokens that steps have written to the window, or forget as many (m negative)."""
         assert self.tail is not None
-        self.tail.count()
-        self.seen += 1
+        self.tail.count(m)
+        self.seen += m
 
     def _insert(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the tokens that are back; returns what comes after them."""

@@ -90,7 +90,7 @@ class Tail:
         return self._keys.room(m), self._values.room(m)
 
     def count(self, m: int = 1) -> None:
-        """Take in m tokens that were written to the room behind the entries."""
+        """Take in m tokens that were written to the room behind the entries, or give as many back (m negative)."""
         for x in (self._keys, self._values, *self._side.values()):
             x.extend(m)
         self.fresh += m

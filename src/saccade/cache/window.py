@@ -30,8 +30,8 @@ class Clock:
 @dataclass(kw_only=True)
 class Window:
     """keys `(B, H, size, D)` and values `(B, H, size, Dv)`: the room behind the first `begin` entries of `tail`. seen: tokens of the
-    sequence when it was opened. running: whether the step at hand writes here. token: its key and value, until it attends. queries `(B, Hq, size, D)`: those of the steps, where
-    somebody wants to see them."""
+    sequence when it was opened. running: whether the step at hand writes here. token: its key and value, until it attends. queries
+    `(B, Hq, size, D)`: those of the steps, where somebody wants to see them."""
 
     tail: Tail
     begin: int
