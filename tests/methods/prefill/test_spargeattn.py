@@ -332,6 +332,5 @@ def test_needles_are_found() -> None:
 @pytest.mark.slow
 def test_needles_are_found_with_a_plan() -> None:
     plan = saccade.calibrate(pocket(), "spargeattn(qk='same', thetas=8)", [streams(1, 1023)])
-    ids, answers = prompts(2047, (0.3, 0.7))
-    found, density = hits(ids, answers, "spargeattn(qk='same')", plan)
-    assert found == 2 and density < 0.9
+    found, densities = zip(*(hits(*prompts(n, (0.3, 0.7)), "spargeattn(qk='same')", plan) for n in (1535, 2047, 3071)), strict=True)
+    assert sum(found) >= 5 and max(densities) < 0.6
