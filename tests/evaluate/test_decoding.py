@@ -48,8 +48,7 @@ def test_the_pocket_model_solves_what_it_was_trained_on(pocket: Pocket, codec: C
         ("two-facts", 0.8, 1.0),
         ("text", 0.4, 1.2),
         ("variables(chains=1)", 0.8, 1.0),
-        # over two and three hops it finds a number rather than the right one: half of two chains is guessing
-        ("variables", 0.2, 0.95),
+        ("variables", 0.8, 1.0),
         ("common-words", 0.0, 0.2),
         ("frequent-words", 0.0, 0.2),
     ],
