@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saccade
 from saccade.cache import KVLayer
-from saccade.cache.quantised import QuantisedSegment
+from saccade.cache.parted import PartedSegment
 from saccade.core import CachePolicy, Decode, Info, LayerContext, Selection, StoredKV
 from saccade.methods import build
 from saccade.methods.chain import Chain
@@ -33,7 +33,7 @@ def test_a_chain_evicts_then_encodes() -> None:
         handle.compress()
         assert all(set(layer) == {24} for layer in handle.stats().kept)
         layers = [layer for layer in out.past_key_values.layers if isinstance(layer, KVLayer)]
-        assert all(isinstance(segment, QuantisedSegment) and segment.length == 24 for layer in layers for segment in layer.segments)
+        assert all(isinstance(segment, PartedSegment) and segment.length == 24 for layer in layers for segment in layer.segments)
         assert all(len(layer.segments) == 1 for layer in layers)
         kept = handle.stats().kv_bytes
     with saccade.attach(model, cache="snapkv(budget=24, window=4)") as handle, torch.no_grad():

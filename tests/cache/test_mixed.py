@@ -15,11 +15,10 @@ from saccade.cache.counted import CountedSegment
 from saccade.cache.factored import FactoredSegment, Maps
 from saccade.cache.mixed import MixedEntries, ragged_rows
 from saccade.cache.offloaded import OffloadedSegment
-from saccade.cache.parted import Part, PartedSegment
-from saccade.cache.quantised import QuantisedSegment
+from saccade.cache.parted import Encoder, Part, PartedSegment
 from saccade.cache.rotated import Bases, RotatedSegment
 from saccade.cache.segment import Segment
-from saccade.cache.stores import PlainStore, Store, by_channel, by_token, by_token_over_heads, channel_factor
+from saccade.cache.stores import PlainStore, Store, by_channel, by_token, by_token_in_heads, by_token_over_heads, channel_factor
 from saccade.core import Rotary, Selection
 from saccade.ops import decode
 from saccade.parts.pick import read_pages, read_tokens
@@ -41,12 +40,19 @@ def classes(count: int, n: int = N, batch: int = 2) -> Tensor:
     return torch.stack(rows).view(batch, HEADS, n).to(torch.uint8)
 
 
-def quantised(*bits: int) -> Segment:
-    return QuantisedSegment.encode(*entries(), classes(len(bits)), bits)
-
-
 def plain(k: Tensor, v: Tensor) -> tuple[Store, Store]:
     return PlainStore(k), PlainStore(v)
+
+
+def quantised(*bits: int) -> Segment:
+    """Classes of each head's own."""
+    keys, values, side = entries()
+    factor = channel_factor(values)
+
+    def encoder(width: int) -> Encoder:
+        return lambda k, v: plain(k, v) if width == 16 else (by_channel(k, width), by_token_in_heads(v, width, factor))
+
+    return PartedSegment.by_class(keys, values, side, classes(len(bits)), [encoder(width) for width in bits])
 
 
 def coded(k: Tensor, v: Tensor) -> tuple[Store, Store]:
@@ -184,22 +190,22 @@ def test_only_what_is_chosen_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None
     own, _, _ = mixed()
     gathered: list[int] = []
 
-    def spied(segment: QuantisedSegment, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def spied(segment: PartedSegment, slots: Tensor) -> tuple[Tensor, Tensor]:
         gathered.append(slots.shape[2])
         return real(segment, slots)
 
     def never(*_: object) -> None:
         raise AssertionError("a whole range was decoded")
 
-    real = QuantisedSegment.gather
-    monkeypatch.setattr(QuantisedSegment, "gather", spied)
-    for kind in (QuantisedSegment, PartedSegment, RotatedSegment):
+    real = PartedSegment.gather
+    monkeypatch.setattr(PartedSegment, "gather", spied)
+    for kind in (PartedSegment, RotatedSegment):
         monkeypatch.setattr(kind, "read", never)
     q = torch.randn(2, 4, 1, DIM, generator=GENERATOR, dtype=torch.float64)
     own.attend(q, read_tokens(torch.tensor([3, 50, 88, N + 3, 3 * N + 1]).expand(2, HEADS, -1), own.n), scale=1.0, softcap=None)
-    assert gathered == [3]
+    assert gathered == [3, 1]
     own.attend(q, read_tokens(torch.tensor([N + 3, 3 * N + 1]).expand(2, HEADS, -1), own.n), scale=1.0, softcap=None)
-    assert gathered == [3], "a segment without a chosen entry is left alone"
+    assert gathered == [3, 1, 1], "a segment without a chosen entry is left alone"
 
 
 def test_shapes_hold_nothing_and_uneven_segments_are_refused() -> None:

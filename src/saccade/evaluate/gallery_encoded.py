@@ -17,7 +17,6 @@ from torch import Tensor
 from saccade.cache import Segment
 from saccade.cache.factored import FactoredSegment
 from saccade.cache.parted import PartedSegment
-from saccade.cache.quantised import QuantisedSegment
 from saccade.cache.rotated import RotatedSegment
 from saccade.evaluate.contenders import Contender
 from saccade.evaluate.gallery_layers import Layer, rectangles
@@ -127,17 +126,6 @@ def _(segment: PartedSegment) -> Tensor:
         parts.append(torch.tensor(sizes)[:, None, None].expand(-1, heads, part.keys.length))
     order = segment.order[0].long().cpu()
     return torch.cat(parts, 2).gather(2, order.expand(2, parts[0].shape[1], -1))
-
-
-@bits_of.register
-def _(segment: QuantisedSegment) -> Tensor:
-    heads = len(segment.lengths()[0])
-    classes = segment.classes()[0].long().expand(heads, -1).cpu()
-    sizes = torch.zeros(2, len(segment.stores))
-    for i, one in enumerate(segment.stores):
-        kinds = ((one.keys, one.dims[0]), (one.values, one.dims[1]))
-        sizes[:, i] = torch.tensor([8 * x.numel() * x.element_size() / max(1, heads * x.shape[2] * dim) for x, dim in kinds])
-    return sizes[:, classes]
 
 
 @bits_of.register

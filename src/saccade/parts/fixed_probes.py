@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.parts.recent_queries import GUESSES
-from saccade.parts.saliency import hashed
+from saccade.parts.saliency import cut_out, hashed
 
 
 @dataclass
@@ -34,13 +34,14 @@ class FixedProbes:
         m = q.shape[2]
         indices, held = torch.arange(seen - m, seen), q
         if self.queries is not None:
-            still = int((self.indices < seen - m).sum())
-            indices = torch.cat([self.indices[:still], indices])
+            known = self.indices.cpu()  # a loaded cache has them on the device
+            still = int((known < seen - m).sum())
+            indices = torch.cat([known[:still], indices])
             held = torch.cat([self.queries[:, :, :still], q], dim=2)
         # up to GUESSES tokens may be taken back: then older queries are recent, and random ones are drawn from fewer
         late = indices >= seen - self.recent - GUESSES
         wanted = (late | self._lowest(indices, ~late)).nonzero().squeeze(-1)
-        self.queries, self.indices = held.index_select(2, wanted.to(q.device)), indices[wanted]
+        self.queries, self.indices = cut_out(held, wanted), indices[wanted]
 
     def rows(self, seen: int, length: int) -> tuple[Tensor | None, Tensor]:
         """The probes among the last `length` of `seen` tokens: queries `(B, Hq, P, D)`, and their slots among those tokens `(P,)`."""

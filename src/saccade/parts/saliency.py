@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 SPARE = 16  # latest queries always remembered: so many guessed tokens may be taken back
+RUNS = 16  # pieces that are cut out one by one, where an index list would have to reach the device first
 PAIRS = 1 << 24  # (query, key) pairs whose probabilities are held at a time
 
 
@@ -31,6 +33,18 @@ def hashed(indices: Tensor, seed: int) -> Tensor:
 def drawn(indices: Tensor, share: float, seed: int) -> Tensor:
     """Whether each index (int64, any shape) is among a fixed random `share` of all indices: a hash decides, bool."""
     return hashed(indices, seed).double() < share * 2**32
+
+
+def cut_out(x: Tensor, places: Tensor) -> Tensor:
+    """A copy of x `(B, H, n, D)` at `places (m,)`, ascending int64 on the CPU.
+
+    Few runs of places are cut out: a list of places would have to be moved to the device, which waits for it, and which can't be
+    recorded.
+    """
+    starts = [0, *((places.diff() != 1).nonzero().squeeze(-1) + 1).tolist(), len(places)]
+    if not len(places) or len(starts) > RUNS + 1:
+        return x.index_select(2, places.to(x.device))
+    return torch.cat([x[:, :, int(places[a]) : int(places[b - 1]) + 1] for a, b in pairwise(starts)], dim=2)
 
 
 @dataclass
@@ -58,13 +72,14 @@ class ProbeQueries:
         self.widest = max(self.widest, m)
         indices, held = torch.arange(seen - m, seen), q
         if self.queries is not None:
-            still = int((self.indices < seen - m).sum())
-            indices = torch.cat([self.indices[:still], indices])
+            known = self.indices.cpu()  # a loaded cache has them on the device
+            still = int((known < seen - m).sum())
+            indices = torch.cat([known[:still], indices])
             held = torch.cat([self.queries[:, :, :still], q], dim=2)
         # the most recent share begins no earlier than this, whatever is still to come and with up to SPARE tokens taken back
         recent = seen - length + self._recent_from(max(length - SPARE, 0))
         wanted = (drawn(indices, self._drawn_share, self.seed) | (indices >= recent)).nonzero().squeeze(-1)
-        self.queries, self.indices = held.index_select(2, wanted.to(q.device)), indices[wanted]
+        self.queries, self.indices = cut_out(held, wanted), indices[wanted]
 
     def rows(self, seen: int, length: int) -> tuple[Tensor | None, Tensor]:
         """The probe rows for the last `length` of `seen` tokens: queries `(B, Hq, P, D)`, and their slots among those tokens `(P,)`."""

@@ -15,9 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 import saccade
 from saccade.attach import Captured, capture
-from saccade.cache.quantised import QuantisedSegment
+from saccade.cache.parted import Part, PartedSegment
+from saccade.cache.stores import CodedStore
 from saccade.evaluate.text import grammar
-from saccade.methods.kvcomp.zipcache import ZipCache
+from saccade.methods.kvcomp.zipcache import ZipCache, in_classes
 from saccade.ops import attend
 from saccade.parts.keep import best_slots
 from saccade.parts.saliency import ProbeQueries, column_mass, drawn, normalised_saliency
@@ -43,6 +44,12 @@ def run(model: PreTrainedModel, ids: Tensor, lengths: list[int], **options: Tens
         out.append(model(ids[:, begin : begin + m], past_key_values=cache, **options).logits)
         begin += m
     return torch.cat(out, 1), cache
+
+
+def bits_of(part: Part) -> int:
+    assert isinstance(part.keys, CodedStore) and isinstance(part.values, CodedStore)
+    assert part.keys.packed.bits == part.values.packed.bits
+    return part.keys.packed.bits
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, **options: object) -> Tensor:
@@ -175,8 +182,8 @@ def test_a_token_is_encoded_once_when_the_interval_is_full() -> None:
             seals.append([s.length for s in layer.segments])
         assert seals[0] == [70] and seals[8] == [70] and seals[9] == [70, 10] and seals[19] == [70, 10, 10]
         first = layer.segments[0]
-        assert [store.bits for store in first._stores] == [4, 2]
-        assert [store.keys.shape[2] for store in first._stores] == [42, 28]  # 40% of 70 in 2 bits
+        assert isinstance(first, PartedSegment)
+        assert [(bits_of(part), part.keys.length) for part in first.parts] == [(4, 42), (2, 28)]  # 40% of 70 in 2 bits
         positions = torch.cat([s.read(0, s.length).side["positions"] for s in layer.segments], -1)
         assert positions[0, 1].tolist() == list(range(90))
 
@@ -192,8 +199,8 @@ def test_decoding_ranks_by_the_current_query() -> None:
     layer: Captured = seen[0]
     attention = torch.softmax(layer.q[0, :, 59].view(2, 3, -1) @ layer.k[0, :, 40:].mT * layer.scale, -1).sum(1)
     others = attention.argsort(dim=-1)[:, :8].sort(-1).values  # 40% of 20
-    held, _ = cache.layers[0].segments[1]._members.read(0, 20)
-    assert [row.nonzero().flatten().tolist() for row in held[0]] == others.tolist()
+    held = cache.layers[0].segments[1].parts[1]
+    assert bits_of(held) == 2 and (held.positions[0] - 40).tolist() == others.tolist()
 
 
 def test_padded_rows_equal_single_runs() -> None:
@@ -294,9 +301,8 @@ def test_all_tokens_in_one_class(share: float) -> None:
     with saccade.attach(llama(), cache=f"zipcache(other_share={share})"):
         out, cache = run(llama(), tokens(1, 40), [38, 1, 1])
     assert bool(torch.isfinite(out).all())
-    empty, full = (0, 1) if share else (1, 0)
-    stores = cache.layers[0].segments[0]._stores
-    assert stores[empty].keys.shape[2] == 0 and stores[full].keys.shape[2] == 38
+    (only,) = cache.layers[0].segments[0].parts
+    assert (bits_of(only), only.keys.length) == (2 if share else 4, 38)
 
 
 # -- on the pocket model -----------------------------------------------------------------------------------------------------
@@ -316,12 +322,12 @@ def needle(n: int, depth: float, seed: int) -> tuple[Tensor, str]:
 
 def test_a_needle_is_found_in_a_seventh_of_the_bytes() -> None:
     model, _ = saccade.pocket(dtype=torch.float32)
-    ids, value = needle(2048, 0.4, seed=1)
+    ids, value = needle(2560, 0.4, seed=1)
     with saccade.attach(model, cache="zipcache") as handle:
         out = generate(model, ids, len(value))
         stats = handle.stats()
-    assert bytes(int(t) - 3 for t in out[0, 2048:]).decode() == value
-    # 8 layers, 2 heads, keys and values of 64 dims in 4 bytes; parameters, membership and the tail's spare room count
+    assert bytes(int(t) - 3 for t in out[0, 2560:]).decode() == value
+    # 8 layers, 2 heads, keys and values of 64 dims in 4 bytes; parameters and the tail's spare room count
     dense = 8 * 2 * 2 * 64 * 4 * stats.tokens_seen
     assert 7 < dense / stats.kv_bytes < 10
 
@@ -350,7 +356,7 @@ def test_salient_tokens_at_four_bits_halve_the_error_of_two_bits() -> None:
             salient, _ = best_slots(score, n - int(0.4 * n))
             classes = torch.ones(1, 2, n, dtype=torch.uint8).scatter_(2, salient, 0)
             positions = {"positions": torch.arange(n, dtype=torch.int32).expand(1, 2, n)}
-            segment = QuantisedSegment.encode(k, v, positions, classes, bits)
+            segment = in_classes(k, v, positions, classes, bits)
             out = segment.attend(q, scale=layer.scale, softcap=None).out
             errors[name] = errors.get(name, 0.0) + float((out - exact).norm() / exact.norm()) / len(layers)
     assert errors["4 bits"] < errors["saliency"] < errors["raw mass"] < errors["chance"] < errors["2 bits"]

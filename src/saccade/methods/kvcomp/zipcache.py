@@ -5,29 +5,42 @@ mass divided by the number of rows that could attend to it, estimated from a few
 
     p_j = sum_{probe rows i >= j} softmax_i(q_i . k_j) / |{probe rows i >= j}|         (summed over a group's query heads)
 
-The lowest share r by p is not salient. Keys are quantised per channel within each class, values token by token after division by
-c_ch = sqrt(max_t |V[t, ch]|) (see `saccade.cache.quantised`, which says how classes per head and values per token fit together).
-All entries stay in full precision until the prompt has ended, and are encoded once; new tokens stay so until `interval` of them have come.
+The lowest share r by p is not salient. What is quantised, with b the bits of its class:
 
-Source: zipcache, arXiv 2405.14256. Chosen here, where the paper leaves it open: which positions are drawn at random is decided by
-a hash of the position, so that a prompt in chunks has the probe rows of a prompt at once; the softmax of a probe row runs over the entries
-that are about to be encoded, which orders them like the full softmax does for one row and one query head; a token seen by no probe row
-counts as salient. Between prompt and encoding the probe queries take probe_share * group / 2 of the bytes of the full-precision
-keys and values (`stats().index_bytes` counts them).
+    keys    per channel: one step and minimum for each channel of a head, over the tokens of the class
+    values  channel-separable: c = sqrt(max_t |V[t]|) for each channel of a head over all tokens; V / c has one step and minimum for each
+            token of a head
+
+A step reads each class as it lies, one call of `decode_quantised` for each, and merges what they give. All entries stay in full
+precision until the prompt has ended, and are encoded once; new tokens stay so until `interval` of them have come.
+
+Source: zipcache, arXiv 2405.14256. What differs: values have their step and minimum in each head, not over all heads of a token, because
+a token may be salient in one head only. (The public code gathers each head's class first, so that one "token" there is a different one
+in each head.) They are never coarser for it, and take 4 bytes for each token and head in bfloat16, at 128 channels 0.8% of the entry in
+full; positions, which are kept for each head, take as much. Chosen here, where the paper leaves it open: which positions are drawn at
+random is decided by a hash of the position, so that a prompt in chunks has the probe rows of a prompt at once; the softmax of a probe row
+runs over the entries that are about to be encoded, which orders them like the full softmax does for one row and one query head; a token
+seen by no probe row counts as salient. Between prompt and encoding the probe queries take probe_share * group / 2 of the bytes of the
+full-precision keys and values (`stats().index_bytes` counts them).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from saccade.cache.quantised import RAW, QuantisedSegment
+from saccade.cache.parted import Encoder, PartedSegment
+from saccade.cache.stores import PlainStore, Store, by_channel, by_token_in_heads, channel_factor
 from saccade.core import CachePolicy, Info, LayerContext, StoredKV, register
 from saccade.ops.quant import BITS
 from saccade.parts.keep import best_slots, token_places
 from saccade.parts.saliency import SPARE, ProbeQueries, normalised_saliency
 
+RAW = 16  # bits of an entry that is stored as it is
 _PROBES = "zipcache.probes"
 
 
@@ -64,7 +77,7 @@ class ZipCache(CachePolicy):
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"interval={self.interval!r} is not a number of tokens: give an integer of at least 1")
 
-    def watch(self, ctx: LayerContext, kv: StoredKV, q: torch.Tensor) -> None:
+    def watch(self, ctx: LayerContext, kv: StoredKV, q: Tensor) -> None:
         probes = ctx.state.setdefault(_PROBES, ProbeQueries(self.probe_share, ctx.seed * 1_000_003 + ctx.layer))
         probes.add(q, ctx.seen, kv.length)
 
@@ -88,4 +101,18 @@ class ZipCache(CachePolicy):
         salient, _ = best_slots(saliency, n - int(self.other_share * n + 1e-9))
         classes = torch.ones_like(saliency, dtype=torch.uint8).scatter_(2, salient, 0)
         bits = (self.salient_bits, self.other_bits)
-        kv.seal(QuantisedSegment.encode(kv.keys, kv.values, kv.side, classes, bits), n)
+        kv.seal(in_classes(kv.keys, kv.values, kv.side, classes, bits), n)
+
+
+def in_classes(keys: Tensor, values: Tensor, side: dict[str, Tensor], classes: Tensor, bits: Sequence[int]) -> PartedSegment:
+    """keys `(B, H, n, D)`, values `(B, H, n, Dv)` and positions `(B, H, n)` in `side` as a segment: each slot in the bits that its class
+    has, classes `(B, H, n)` or, for all heads, `(B, n)`."""
+    factor = channel_factor(values)
+    encoders: list[Encoder] = [partial(_encode, bits=b, factor=factor) for b in bits]
+    return PartedSegment.by_class(keys, values, side, classes, encoders)
+
+
+def _encode(keys: Tensor, values: Tensor, bits: int, factor: Tensor) -> tuple[Store, Store]:
+    if bits == RAW:
+        return PlainStore(keys), PlainStore(values)
+    return by_channel(keys, bits), by_token_in_heads(values, bits, factor)

@@ -167,16 +167,19 @@ class Packed:
             levels = levels.transpose(2, 3) if swap else levels
         if self.scale is None:
             return levels
-        if self.granularity == "channel":
-            rows = torch.arange(begin, end, device=codes.device) // self.group
-            scale, zero = (None if p is None else p[:, :, rows] for p in (self.scale, self.zero))
-        else:
-            columns = torch.arange(self.dim, device=codes.device) // self.group
-            scale, zero = (None if p is None else p[:, :, begin:end, columns] for p in (self.scale, self.zero))
+        scale, zero = (None if p is None else self._parameters(p, begin, end) for p in (self.scale, self.zero))
         assert scale is not None
         if zero is None:
             return levels * scale.to(wide)
         return dequantise(levels, scale.to(wide), zero.to(wide), wide)
+
+    def _parameters(self, p: Tensor, begin: int, end: int) -> Tensor:
+        """Those of each number, broadcastable to `(B, Hk, end - begin, dim)`: what one group covers is not spread out."""
+        if self.granularity == "channel":
+            first, last = begin // self.group, max(end - 1, begin) // self.group
+            return p[:, :, first : first + 1] if first == last else p[:, :, torch.arange(begin, end, device=p.device) // self.group]
+        p = p[:, :, begin:end]
+        return p if p.shape[3] == 1 else p[..., torch.arange(self.dim, device=p.device) // self.group]
 
 
 def _with(shape: torch.Size, axis: int, size: int) -> tuple[int, ...]:

@@ -84,6 +84,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
     if packed.numel() == 0:
         return packed.new_empty(*packed.shape[:-1], n)
+    if 16 % bits == 0:  # no code lies across two bytes
+        return unpack(packed, bits, n)[..., :n]
     word = packed.contiguous().view(torch.int16).to(torch.int32)
     lanes = [((word >> (i * bits)) & ((1 << bits) - 1)).to(torch.uint8) for i in range(16 // bits)]
     return torch.stack(lanes, -1).flatten(-2)[..., :n]
