@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from saccade.bench import mixer_cases, step_cases
+from saccade.bench import mixer_cases, step_cases, token_cases
 from saccade.bench.case import Settings
 from saccade.bench.runner import run_cases
 from saccade.bench.step_cases import Layers, decoding
@@ -51,8 +51,9 @@ def test_a_policy_holds_less_in_storage_of_its_own():
 
 @pytest.mark.parametrize("make", [step_cases.attention_case, step_cases.model_case])
 @pytest.mark.parametrize("spec", ["quest(budget=64)", "loki(budget=64)"])
-def test_cases_run_beside_dense_attention(make, spec: str):
+def test_cases_run_beside_dense_attention(make, spec: str, monkeypatch: pytest.MonkeyPatch):
     """Among them one that needs a plan."""
+    monkeypatch.setattr(token_cases, "TOKENS", 3)
     rows = run_cases("step", "asked", [make(spec, SMALL, 4)], CPU)["rows"]
     rows = [row for row in rows if row["role"] != "peer"]  # libraries that may not be there
     assert {row["role"] for row in rows} == {"ours", "dense"} and all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows

@@ -56,7 +56,7 @@ def test_after_500_steps_the_maps_are_nearer_to_softmax_than_others():
     entropy = mimicry_loss(teacher, teacher)
     students = {name: linear_weights(a(q), b(k) + (1e-6 if name == "relu" else 0)).detach() for name, (a, b) in maps.items()}
     distance = {name: float(mimicry_loss(teacher, student) - entropy) for name, student in students.items()}
-    assert all(distance["hedgehog"] < 0.9 * distance[name] for name in ("t2r", "elu+1", "relu")), distance
+    assert all(distance["hedgehog"] < 0.95 * distance[name] for name in ("t2r", "elu+1", "relu")), distance
     order = {name: spearman((q @ k.mT)[0, 0, 20:, :20], students[name][0, 0, 20:, :20]) for name in ("hedgehog", "elu+1")}
     assert order["hedgehog"] > order["elu+1"] and order["hedgehog"] > 0.6, order
 
