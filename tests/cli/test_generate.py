@@ -45,6 +45,12 @@ def test_text_goes_to_stdout_and_what_ran_to_stderr(prompt: Path, model: str) ->
     assert again.stdout == result.stdout, "greedy, and the same from stdin"
 
 
+def test_steps_that_are_not_recorded_are_counted_and_told(prompt: Path, model: str) -> None:
+    with pytest.warns(UserWarning, match="steps are not recorded: the model is on cpu"):
+        result = run("--prompt-file", str(prompt), "--model", model, "--max-new-tokens", "5", "--device", "cpu", "--graph", "8")
+    assert result.exit_code == 0 and "0 replayed, 0 recorded, 4 plain" in result.stderr
+
+
 def test_dense_is_what_no_method_means(prompt: Path, model: str) -> None:
     result = run("--prompt-file", str(prompt), "--model", model, "--max-new-tokens", "4", "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -76,7 +76,7 @@ def check_recording(size: int, decode: Decode | None, policy: CachePolicy | None
 class RecordedSteps:
     """Takes the place of a model's forward: single tokens go through recordings, everything else as before.
 
-    recorded, replayed, plain: how many steps were which; the first of each recording is plain.
+    recorded, replayed, plain: how many steps were which; the first of each recording is plain, and what can't be recorded.
     """
 
     def __init__(
@@ -115,12 +115,14 @@ class RecordedSteps:
         if self.paused or args or ids is None or ids.shape[1] != 1 or kwargs.get("use_cache") is False:
             return self._as_before(*args, **kwargs)
         if not layers or any(layer.pending or not layer.seen for layer in layers.values()):
+            self.plain += bool(layers)
             return self._as_before(*args, **kwargs)
         why = self._unfit(kwargs, layers, ids)
         if why is not None:
             if why not in self._told:
                 self._told.add(why)
                 warnings.warn(f"steps are not recorded: {why}", stacklevel=2)
+            self.plain += 1
             return self._as_before(**kwargs)
         if self._current is None or not self._current.serves(layers, ids):
             self.close()

@@ -22,6 +22,9 @@ def command(
     cache: Annotated[str | None, typer.Option(help="A cache policy, such as 'snapkv(budget=0.25)'.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     plan: Annotated[list[Path] | None, typer.Option(help="A calibration plan; may be given more than once.")] = None,
+    graph: Annotated[
+        int | None, typer.Option(help="On a GPU: record steps as a CUDA graph, one recording for so many tokens, such as 128.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Look a hub name up in the local cache only.")] = False,
@@ -50,11 +53,15 @@ def command(
     loaded, tokenizer = load_model(model, device=device, dtype=dtype, offline=offline)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     streamer = _clocked_streamer(tokenizer)
-    with attach(loaded, **methods, plan=plans) as handle, torch.no_grad():  # pyright: ignore[reportArgumentType]
+    with attach(loaded, **methods, plan=plans, graph=graph) as handle, torch.no_grad():  # pyright: ignore[reportArgumentType]
         write: Any = loaded.generate
         write(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
         stats = handle.stats()
-    console(stderr=True).print(_table(stats, streamer, inputs["input_ids"].shape[1]))
+    table = _table(stats, streamer, inputs["input_ids"].shape[1])
+    if handle.steps is not None:
+        told = f"{handle.steps.replayed:,} replayed, {handle.steps.recorded:,} recorded, {handle.steps.plain:,} plain"
+        table.add_row("steps of CUDA graphs", told, "")
+    console(stderr=True).print(table)
 
 
 def _read(path: Path) -> str:
