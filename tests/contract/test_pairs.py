@@ -35,15 +35,14 @@ ROWS = [pair(a, b) for a in POLICIES for b in POLICIES if a != b and info(b).enc
 def refused(a: str, b: str) -> str | None:
     """Why a pair makes no sense: a decode method picks single entries of heads that hold equally many, and not all of them can read
     encoded ones; a phase has one method."""
+    acts = {slug: {info(slug).phase, *info(slug).also} for slug in (a, b)}
+    if acts[a] & acts[b]:
+        return "acts on the .* phase too"
     for one, other in ((a, b), (b, a)):
-        if info(other).phase in info(one).also:
-            return f"{one} acts on the {info(other).phase} phase too"
-        decodes = info(other).phase == "decode" or "decode" in info(other).also
         encoded = info(one).encodes and not info(other).reads_encoded
-        if "cache" in {info(one).phase, *info(one).also} and decodes and (encoded or info(one).ragged):
+        if "cache" in acts[one] and "decode" in acts[other] and (encoded or info(one).ragged):
             return "use one of the two"
-    shared = (info(a).also & info(b).also) - {info(a).phase, info(b).phase}
-    return "phase too" if shared else None
+    return None
 
 
 def both(a: str, b: str, spec: Callable[[str], str]) -> Session:
