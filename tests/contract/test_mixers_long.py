@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 
 import pytest
 import torch
@@ -43,6 +42,7 @@ def test_a_step_is_the_same_after_64k_tokens(spec: str):
     states = {n: after(mixer, n) for n in (SHORT, LONG)}
     assert states[SHORT].nbytes == states[LONG].nbytes and int(states[LONG].position) == LONG
     milliseconds(mixer, states[LONG])
-    # in turns, so that a machine whose speed drifts favours none
+    # in turns, so that a machine whose speed drifts favours none, and the best of each, which other work delays least
     rounds = [[milliseconds(mixer, state) for state in states.values()] for _ in range(ROUNDS)]
-    assert median(late / early for early, late in rounds) < 1.25
+    early, late = (min(times) for times in zip(*rounds, strict=True))
+    assert late / early < 1.25
