@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import saccade
-from saccade.ops.scan import ScanState, scan, scan_step
+from saccade.ops.scan import ScanState, chunked, scan, scan_step
 
 GATES = ("none", "head", "token", "channel")
 FORMS = [(gate, delta) for gate in GATES for delta in (False, True)]
@@ -54,6 +54,27 @@ def doubled(tensors: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
     assert torch.isfinite(got).all()
     assert (got - want).abs().max() <= tolerance * max(1.0, want.abs().max().item())
+
+
+@pytest.mark.parametrize(("gate", "delta"), FORMS)
+def test_pieces_of_a_long_sequence_are_the_whole(gate: str, delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, states and gradients; the last piece is short, and heads are shared."""
+    tensors, options = inputs(gate, delta, h=4, n=3 * 64 + 11, heads=(4, 2, 1))
+    leaves = [x.requires_grad_() for x in (*tensors, *options.values())]
+
+    def run() -> list[Tensor]:
+        out, state = scan(*tensors, **options, impl="chunked")
+        assert isinstance(state, Tensor)
+        return [out, state, *torch.autograd.grad((out.square().sum() + state.sum()), leaves)]
+
+    whole = run()
+    pieces: list[int] = []
+    once = chunked._scan
+    monkeypatch.setattr(chunked, "PIECE", 1)
+    monkeypatch.setattr(chunked, "_scan", lambda p, chunk: (pieces.append(p.q.shape[2]), once(p, chunk))[1])
+    for got, want in zip(run(), whole, strict=True):
+        close(got, want)
+    assert pieces == [64, 64, 64, 11]
 
 
 @pytest.mark.parametrize(("gate", "delta"), FORMS)

@@ -19,6 +19,8 @@ Sources: deltanet, kimi-linear, lightning-attention-2.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -28,13 +30,29 @@ from saccade.ops.scan.problem import Problem
 from saccade.ops.scan.reference import by_sequence
 
 CHUNK = 64
+PIECE = 1 << 20  # bytes of queries in a piece: what is computed on the way stays in a processor's cache
 
 
 def scan(problem: Problem, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """(out `(B, H, N, Dv)`, state `(S, H, D, Dv)`), both in the dtype of computation. chunk: a power of two."""
+    """(out `(B, H, N, Dv)`, state `(S, H, D, Dv)`), both in the dtype of computation. chunk: a power of two.
+
+    On a CPU long sequences go through in pieces of a few chunks, the state handed on.
+    """
     if problem.cu_seqlens is not None:
         return by_sequence(lambda part: scan(part, chunk), problem)
-    p = problem.widened()
+    p, outs = problem.widened(), []
+    n = p.q.shape[2]
+    piece = max(1, PIECE // (p.q[:, :, :chunk].nbytes or 1)) * chunk if p.q.device.type == "cpu" else n
+    for begin in range(0, max(n, 1), max(piece, 1)):
+        out, state = _scan(p if piece >= n else p.tokens(begin, min(begin + piece, n)), chunk)
+        outs.append(out)
+        p = replace(p, state=state)
+    assert p.state is not None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), p.state
+
+
+def _scan(p: Problem, chunk: int) -> tuple[Tensor, Tensor]:
+    """The same of a widened problem, all chunks at once."""
     n = p.q.shape[2]
     size = min(chunk, next_power_of_two(n))
     q, k, v = (_chunks(x, size) for x in (p.q * p.scale, p.k, p.v))

@@ -78,15 +78,19 @@ class Problem:
         repeats = self.heads // x.shape[1]
         return x.to(dtype) if repeats == 1 else x.to(dtype).repeat_interleave(repeats, dim=1)
 
-    def sequence(self, index: int, start: int, end: int) -> Problem:
-        """The part of a packed problem that is one sequence, tokens [start, end): a problem with batch 1."""
+    def tokens(self, start: int, end: int) -> Problem:
+        """The part that is tokens [start, end)."""
         g = self.log_decay
         return replace(
-            self, q=self.q[:, :, start:end], k=self.k[:, :, start:end], v=self.v[:, :, start:end], cu_seqlens=None,
+            self, q=self.q[:, :, start:end], k=self.k[:, :, start:end], v=self.v[:, :, start:end],
             log_decay=g if g is None or g.ndim == 1 else g[:, :, start:end],
             beta=None if self.beta is None else self.beta[:, :, start:end],
-            state=None if self.state is None else self.state[index : index + 1],
         )  # fmt: skip
+
+    def sequence(self, index: int, start: int, end: int) -> Problem:
+        """The part of a packed problem that is one sequence, tokens [start, end): a problem with batch 1."""
+        state = None if self.state is None else self.state[index : index + 1]
+        return replace(self.tokens(start, end), cu_seqlens=None, state=state)
 
 
 def check(
