@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from saccade.core import Selection
+from saccade.ops.estimate.reference_lists import compact, outside
 from saccade.parts import patterns
-from saccade.parts.lists import KeyLists, compact, join_heads, open_rows, outside, run_tiles, tile_ends
+from saccade.parts.choose import ranks
+from saccade.parts.lists import KeyLists, best_listed, hits, join_heads, open_rows, run_tiles, tile_ends
 
 SHAPES = [(200, 200, 16), (37, 200, 16), (150, 211, 16), (64, 64, 64), (9, 9, 16)]
 
@@ -151,3 +153,21 @@ def test_compact_and_outside() -> None:
     starts = torch.tensor([[[[4, 50], [8, 28]]]], dtype=torch.int32)
     found = outside(tokens, starts, torch.tensor([8, 40]), 4, 50)
     assert found.tolist() == [[[[0, 3, 50, 50], [0, 3, 4, 7]]]]
+
+
+@pytest.mark.parametrize("counts", [[[5, 5, 5]], [[5, 0, 31]], [[0, 0, 0]], [[40, 3, 50], [1, 2, 40]]])
+def test_the_best_are_listed_as_their_ranks_say(counts: list[list[int]]) -> None:
+    """Few values, so that many tie; a nan is the best of all."""
+    scores = torch.randint(0, 6, (2, 3, 40), generator=torch.Generator().manual_seed(1)).float()
+    scores[0, 1, 7], scores[:, :, :2] = torch.nan, torch.inf
+    wanted = ranks(scores) < torch.tensor(counts).unsqueeze(-1)
+    found = best_listed(scores, torch.tensor(counts))
+    assert found.dtype == torch.int32 and found.shape[-1] == min(40, max(max(row) for row in counts))
+    for row, mask in zip(found.flatten(0, 1), wanted.flatten(0, 1), strict=True):
+        assert row.tolist() == mask.nonzero().flatten().tolist() + [40] * int((row == 40).sum())
+
+
+def test_hits_are_the_true_entries_row_by_row() -> None:
+    mask = torch.tensor([[[True, False, True], [False, False, False]], [[False, True, True], [True, True, True]]])
+    assert hits(mask).tolist() == [[[0, 2, 3], [3, 3, 3]], [[1, 2, 3], [0, 1, 2]]]
+    assert hits(mask[:, :, :0]).shape == hits(torch.zeros(2, 2, 5, dtype=torch.bool)).shape == (2, 2, 0)

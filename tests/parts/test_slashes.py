@@ -5,8 +5,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from saccade.core import Selection
+from saccade.ops.estimate.reference_lists import slash_tiles
 from saccade.parts.lists import tile_ends
-from saccade.parts.slashes import slash_tiles
 
 
 def by_hand(offsets: list[int], end: int, block: int, n_k: int) -> list[int]:

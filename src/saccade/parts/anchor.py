@@ -107,21 +107,25 @@ def row_maxima(q: Tensor, k: Tensor, grid: AnchorGrid, *, scale: float, softcap:
     near = torch.nn.functional.pad(k.to(exact), (0, 0, short, 0))[:, :, offset + short - reach :]
     row = torch.arange(b, device=q.device).unsqueeze(-1)
     future = torch.arange(b, device=q.device) > row
-    missing = (torch.arange(reach, device=q.device) + grid.starts(q.device).unsqueeze(-1) - reach < 0).unsqueeze(1)
+    # only the first few groups have local keys before the first one, or first keys in their future
+    starts = grid.starts(q.device)
+    few, young = (min(grid.groups, max(0, -(-(keys - offset) // grid.group))) for keys in (reach, grid.first))
+    missing = (torch.arange(reach, device=q.device) + starts[:few].unsqueeze(-1) - reach < 0).unsqueeze(1)
     found = []
     for j in range(grid.step):
         # the queries of a group of heads become rows over their key/value head: (B, Hk, groups, heads * b, D)
         own = blocks[:, :, :, :, j].transpose(2, 3).flatten(3, 4)
         windows = near.unfold(2, reach + (j + 1) * b, grid.group)[:, :, : grid.groups]
         z = own @ windows
-        z[..., :reach].masked_fill_(missing, -torch.inf)
+        z[:, :, :few, :, :reach].masked_fill_(missing, -torch.inf)
         z[..., -b:].unflatten(3, (-1, b)).masked_fill_(future, -torch.inf)
         best = z.amax(-1)
         if grid.first:
             sunk = own @ first.unsqueeze(2).mT
-            places = (grid.starts(q.device) + j * b).view(-1, 1, 1, 1) + row
+            places = (starts[:young] + j * b).view(-1, 1, 1, 1) + row
             hidden = torch.arange(grid.first, device=q.device) > places
-            best = torch.maximum(best, sunk.unflatten(3, (-1, b)).masked_fill_(hidden, -torch.inf).flatten(3, 4).amax(-1))
+            sunk[:, :, :young].unflatten(3, (-1, b)).masked_fill_(hidden, -torch.inf)
+            best = torch.maximum(best, sunk.amax(-1))
         found.append(best.unflatten(3, (-1, b)))
     maxima = torch.stack(found, dim=4).transpose(2, 3).flatten(3, 5).flatten(1, 2) * scale
     return maxima if softcap is None else softcap * torch.tanh(maxima / softcap)
@@ -137,6 +141,8 @@ def within(q: Tensor, k: Tensor, maxima: Tensor, grid: AnchorGrid, theta: float,
     pooled = pool_blocks(q[:, :, : grid.n_q - grid.rest], grid.block).to(anchor.dtype).unflatten(2, (grid.groups, grid.step)) * scale
     begins = grid.local_begins(q.device)
     keys = torch.arange(grid.n_k, device=q.device)
+    # in the dtype of the products once, not for each run of groups anew
+    k = k.to(anchor.dtype)
     at_once = max(1, HELD // (q.shape[0] * q.shape[1] * grid.step * grid.n_k))
     found = []
     for groups in torch.arange(grid.groups).split(at_once):
@@ -144,7 +150,7 @@ def within(q: Tensor, k: Tensor, maxima: Tensor, grid: AnchorGrid, theta: float,
         middle = slice(grid.first, max(grid.first, grid.n_k - grid.n_q + int(groups[-1]) * grid.group - grid.local * grid.block))
         z = products(pooled[:, :, here].flatten(2, 3), k[:, :, middle])
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        near = (z.unflatten(2, (-1, grid.step)) + theta >= anchor[:, :, here].unsqueeze(-1)).any(3)
+        near = (z.add_(theta).unflatten(2, (-1, grid.step)) >= anchor[:, :, here].unsqueeze(-1)).any(3)
         listed = hits(near & (keys[middle] < begins[here].unsqueeze(-1)))
         found.append(torch.where(listed < near.shape[-1], listed + grid.first, grid.n_k))
     longest = max(part.shape[-1] for part in found)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.core import Selection
 from saccade.core.tilemath import fill_past
+from saccade.ops.estimate import best_ids
 
 
 class KeyLists(NamedTuple):
@@ -29,11 +30,12 @@ class KeyLists(NamedTuple):
 
         The lists hold what `Selection.from_parts` would have to sort out.
         """
+        there = self.starts < n_k
         return Selection(
             n_q=n_q, n_k=n_k, block_q=block_q or block, block_k=block, starts=self.starts, tokens=self.tokens,
-            start_counts=(self.starts < n_k).sum(-1, dtype=torch.int32),
+            start_counts=there.sum(-1, dtype=torch.int32),
             token_counts=(self.tokens < n_k).sum(-1, dtype=torch.int32) if self.token_counts is None else self.token_counts,
-            aligned=not bool(((self.starts % block != 0) & (self.starts < n_k)).any()),
+            aligned=not bool(((self.starts % block != 0) & there).any()),
         )  # fmt: skip
 
     def own_lists(self, n_k: int) -> KeyLists:
@@ -53,14 +55,20 @@ def run_tiles(begin: Tensor, end: Tensor, block: int, n_k: int) -> Tensor:
     return starts.masked_fill(starts >= end.unsqueeze(-1).clamp(max=n_k), n_k).to(torch.int32)
 
 
-def compact(ids: Tensor, keep: Tensor, n_k: int) -> Tensor:
-    """The entries of ascending `ids (..., m)` for which `keep` holds, moved to the front: `(..., longest)`, past the end n_k."""
-    counts = keep.cumsum(-1, dtype=torch.int32)
-    longest = int(counts[..., -1].max()) if keep.numel() else 0
-    # entries that go share one slot behind the list, which is cut off
-    slots = torch.where(keep, counts - 1, longest).long()
-    kept = torch.full((*slots.shape[:-1], longest + 1), n_k, dtype=torch.int32, device=ids.device)
-    return kept.scatter_(-1, slots, ids.to(torch.int32).expand(slots.shape))[..., :longest]
+def best_listed(scores: Tensor, counts: Tensor) -> Tensor:
+    """The `counts (B or 1, H)` highest of each row of `scores (B, H, n)`: ascending int32 `(B, H, longest)`, past the end n.
+
+    Ties go to the lower position, a nan counts as the highest score. Counts on the CPU save a question to the device.
+    """
+    n = scores.shape[-1]
+    most = min(n, int(counts.max()))
+    ids = best_ids(scores, most)
+    if not bool((counts >= most).all()):
+        # the best of the best: only as many as the longest row lists are put in order
+        order = torch.sort(scores.gather(-1, ids), dim=-1, descending=True, stable=True).indices
+        past = torch.arange(most, device=ids.device) >= counts.to(ids.device).unsqueeze(-1)
+        ids = ids.gather(-1, order).masked_fill(past, n).sort(-1).values
+    return ids.to(torch.int32)
 
 
 def hits(mask: Tensor) -> Tensor:
@@ -69,49 +77,27 @@ def hits(mask: Tensor) -> Tensor:
     The same as `list_true`, for masks with few entries: the work goes with those that are True.
     """
     n = mask.shape[-1]
-    rows, found = mask.flatten(0, -2).nonzero(as_tuple=True)
-    counts = mask.sum(-1).flatten()
+    found = mask.flatten(0, -2).nonzero()[:, 1].to(torch.int32)
+    counts = mask.sum(-1)
     longest = int(counts.max()) if counts.numel() else 0
-    slots = torch.arange(rows.shape[0], device=mask.device) - (counts.cumsum(0) - counts)[rows]
-    listed = torch.full((counts.shape[0], longest), n, dtype=torch.int32, device=mask.device)
-    listed[rows, slots] = found.to(torch.int32)
-    return listed.view(*mask.shape[:-1], longest)
-
-
-def outside(tokens: Tensor, starts: Tensor, ends: Tensor, block: int, n_k: int) -> Tensor:
-    """The `tokens (B, H, m)` (ascending, past the end n_k) that each query tile must list beside its tiles: `(B, H, Tq, m')`.
-
-    Those inside a tile of `starts (B, H, Tq, M)` and those at or after the query tile's end (`ends (Tq,)`) are left out.
-    """
-    b, h, tiles, _ = starts.shape
-    edges = torch.cat([starts, starts.clamp(max=n_k - block) + block], dim=-1).to(torch.int32)
-    row = tokens.expand(b, h, -1).contiguous()
-    # tokens inside a tile stand side by side in the list: mark where they begin and end, then count
-    found = torch.searchsorted(row, edges.flatten(2).contiguous()).view(edges.shape)
-    real = (starts < n_k).to(torch.int32)
-    change = torch.zeros(b, h, tiles, row.shape[-1] + 1, dtype=torch.int32, device=tokens.device)
-    change.scatter_add_(-1, found, torch.cat([real, -real], dim=-1))
-    inside = change[..., :-1].cumsum(-1, dtype=torch.int32) > 0
-    listed = row.unsqueeze(2)
-    keep = ~inside & (listed < ends.clamp(max=n_k).view(-1, 1))
-    return compact(listed, keep, n_k)
+    listed = torch.full((*mask.shape[:-1], longest), n, dtype=torch.int32, device=mask.device)
+    # they are found row by row, as the front parts of the rows take them in
+    return listed.masked_scatter_(torch.arange(longest, device=mask.device) < counts.unsqueeze(-1), found)
 
 
 def join_heads(parts: Sequence[tuple[Tensor, KeyLists]], n_k: int) -> KeyLists:
     """Lists of different heads put together: `(head indices (h,), lists of those heads)` in, lists of all heads out."""
     if len(parts) == 1:
         return parts[0][1]
-    order = torch.cat([heads for heads, _ in parts]).argsort()
     joined = []
-    own = [lists.own_lists(n_k) for _, lists in parts]
-    for pieces in ([lists.starts for lists in own], [lists.tokens for lists in own]):
-        longest = max(piece.shape[-1] for piece in pieces)
-        batch = max(piece.shape[0] for piece in pieces)
-        same = [
-            torch.nn.functional.pad(piece, (0, longest - piece.shape[-1]), value=n_k).expand(batch, -1, -1, -1)
-            for piece in pieces
-        ]
-        joined.append(torch.cat(same, dim=1)[:, order])
+    own = [(heads, lists.own_lists(n_k)) for heads, lists in parts]
+    for pieces in ([(heads, lists.starts) for heads, lists in own], [(heads, lists.tokens) for heads, lists in own]):
+        batch, longest = (max(piece.shape[i] for _, piece in pieces) for i in (0, 3))
+        shape = (batch, sum(piece.shape[1] for _, piece in pieces), pieces[0][1].shape[2], longest)
+        whole = torch.full(shape, n_k, dtype=torch.int32, device=pieces[0][1].device)
+        for heads, piece in pieces:
+            whole[:, heads, :, : piece.shape[3]] = piece
+        joined.append(whole)
     return KeyLists(*joined)
 
 

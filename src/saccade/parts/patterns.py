@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from saccade.core.tilemath import list_true
-from saccade.parts.lists import KeyLists, compact, outside, run_tiles
-from saccade.parts.slashes import slash_tiles
+from saccade.ops.estimate import slash_lists
+from saccade.ops.estimate.reference_lists import compact
+from saccade.parts.lists import KeyLists, run_tiles
 
 
 def a_shape(initial: Tensor, local: Tensor, ends: Tensor, block: int, n_k: int) -> KeyLists:
@@ -40,14 +41,16 @@ def band_and_columns(columns: Tensor, width: int, ends: Tensor, block: int) -> K
 
 
 def vertical_slash(columns: Tensor, offsets: Tensor, ends: Tensor, block: int) -> KeyLists:
-    """Chosen columns and chosen diagonals (offset = query position - key position), bool `(B, H, n_k)` each.
+    """Chosen columns and chosen diagonals (offset = query position - key position), bool `(B, H, n_k)` each."""
+    return listed_slash(list_true(columns)[0], list_true(offsets)[0], ends, block, columns.shape[-1])
+
+
+def listed_slash(columns: Tensor, offsets: Tensor, ends: Tensor, block: int, n_k: int) -> KeyLists:
+    """The same from ascending ids int32 `(B, H, m)` of the columns and of the diagonals, past the end n_k.
 
     Diagonals become tiles, columns outside them stay single keys: nothing is listed twice.
     """
-    n_k = columns.shape[-1]
-    starts = slash_tiles(offsets, ends, block)
-    ids, _ = list_true(columns)
-    return KeyLists(starts, outside(ids, starts, ends, block, n_k))
+    return KeyLists(*slash_lists(columns, offsets, ends, block=block, n_k=n_k))
 
 
 def blocks(chosen: Tensor, block: int, n_k: int) -> KeyLists:

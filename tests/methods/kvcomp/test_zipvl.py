@@ -13,8 +13,10 @@ from transformers import DynamicCache
 
 import saccade
 from saccade.attach import capture
+from saccade.methods.kvcomp import zipvl
 from saccade.methods.kvcomp.zipvl import ZipVL, choose_tokens, important
 from saccade.ops import attend
+from saccade.ops.estimate import last_estimate
 from saccade.parts.fixed_probes import FixedProbes
 from saccade.parts.saliency import column_mass
 
@@ -54,6 +56,18 @@ def test_a_layer_that_looks_at_one_token_needs_one() -> None:
     assert int(choose_tokens(mass, slots, tau=0.975, recent=64).sum()) == 64  # the latest tokens at least
     ratios = [int(choose_tokens(x, slots, tau=0.975, recent=1).sum()) / 500 for x in (mass, torch.ones(1, 500))]
     assert ratios[0] < 0.01 and ratios[1] == pytest.approx(0.976, abs=1e-9)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_sums_of_one_kernel_choose_the_same(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU no probability is written."""
+    q, k = (x.float() for x in qkv(90, batch=2)[:2])
+    slots, found = torch.arange(50, 90, 3), []
+    for fast in (False, True):
+        monkeypatch.setattr(zipvl, "runs_on", lambda _, fast=fast: fast)
+        found.append(important(q[:, :, slots], slots, k, tau=0.8, recent=4, scale=0.25, softcap=softcap))
+        assert not fast or last_estimate().op == "row_sums"
+    assert torch.equal(*found) and not found[0].all()
 
 
 def test_the_count_grows_with_tau() -> None:

@@ -137,6 +137,22 @@ def test_the_resumed_softmax_is_one_softmax(n_q: int, n_k: int, block: int, step
     assert not (passes[0] & passes[-1]).any() if len(passes) == 2 else len(passes) == 1
 
 
+@pytest.mark.parametrize(("n_q", "n_k"), [(96, 96), (37, 100)])
+@pytest.mark.parametrize("sizes", GRIDS)
+def test_row_maxima_see_neither_the_future_nor_keys_that_are_not_there(n_q: int, n_k: int, sizes: tuple[int, int, int, int]) -> None:
+    """All logits are negative, so that a key of zeros would be the best; later keys have higher ones."""
+    q, k, _ = random_qkv(n_q, n_k)
+    q, k = q.abs(), -k.abs() / torch.arange(1, n_k + 1).unsqueeze(-1)
+    method = AnchorAttention(block=sizes[0], step=sizes[1], initial=sizes[2], local=sizes[3])
+    grid = method._grid(q, k)
+    if not grid.groups:
+        return
+    found = row_maxima(q, k, grid, scale=0.25)
+    logits = 0.25 * q @ k.repeat_interleave(3, dim=1).mT
+    best = logits.masked_fill(~ranges(method, n_q, n_k)[0], -torch.inf).amax(-1)
+    assert torch.allclose(found, best[:, :, : n_q - grid.rest], rtol=1e-12, atol=0)
+
+
 def test_row_maxima_are_float32_for_half_precision() -> None:
     q, k, _ = random_qkv(64, 64, torch.bfloat16)
     grid = AnchorAttention(block=8, step=2)._grid(q, k)

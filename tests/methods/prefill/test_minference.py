@@ -18,6 +18,7 @@ from saccade.methods import build
 from saccade.methods.prefill.minference import A_SHAPE, BLOCK_SPARSE, PATTERNS, VERTICAL_SLASH, MInference
 from saccade.ops import attend
 from saccade.parts import patterns
+from saccade.parts.choose import ranks
 from saccade.parts.equalcost import largest_within
 from saccade.parts.lists import tile_ends
 
@@ -76,14 +77,14 @@ def test_opened_equals_dense(fields: dict[str, float]) -> None:
 def test_every_chosen_column_and_diagonal_is_read_exactly_once(n_q: int, n_k: int) -> None:
     q, k, v = random_qkv(n_q, n_k)
     ranked = SMALL._rank(context(q, k, v), q, k, torch.tensor([VERTICAL_SLASH]))
-    assert ranked.columns is not None and ranked.offsets is not None
+    assert ranked.vertical is not None and ranked.slash is not None
     found = selected(SMALL, q, k, v)
     mask = found.dense_mask()
     assert torch.equal(found.pairs(), mask.sum((-1, -2)))  # the lists name no pair twice
     rows, keys = torch.arange(n_k - n_q, n_k).unsqueeze(-1), torch.arange(n_k)
     distance = (rows - keys).clamp(min=0).flatten().expand(2, 6, -1)
-    diagonals = torch.gather(ranked.offsets < 80, -1, distance).view(2, 6, n_q, n_k)
-    wanted = ((ranked.columns < 60).unsqueeze(2) | diagonals) & (keys <= rows)
+    diagonals = torch.gather(ranks(ranked.slash) < 80, -1, distance).view(2, 6, n_q, n_k)
+    wanted = ((ranks(ranked.vertical) < 60).unsqueeze(2) | diagonals) & (keys <= rows)
     assert not (wanted & ~mask).any()
     assert found.density() < 1.0
 
@@ -92,9 +93,9 @@ def test_probe_finds_planted_columns_and_diagonals() -> None:
     q, k, v = planted(N, [COLUMNS], [OFFSETS])
     method = MInference(columns=30 + len(COLUMNS), offsets=100 + len(OFFSETS))
     ranked = method._rank(context(q, k, v, 1.0), q, k, torch.tensor([VERTICAL_SLASH]))
-    assert ranked.columns is not None and ranked.offsets is not None
-    columns = (ranked.columns[0, 0] < method.columns).nonzero().flatten().tolist()
-    offsets = (ranked.offsets[0, 0] < method.offsets).nonzero().flatten().tolist()
+    assert ranked.vertical is not None and ranked.slash is not None
+    columns = (ranks(ranked.vertical)[0, 0] < method.columns).nonzero().flatten().tolist()
+    offsets = (ranks(ranked.slash)[0, 0] < method.offsets).nonzero().flatten().tolist()
     assert columns == [*range(30), *COLUMNS]
     assert offsets == [*range(100), *OFFSETS]
 

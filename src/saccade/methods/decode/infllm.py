@@ -108,7 +108,7 @@ class InfLLM(FarMemory):
             until = min(count, done + max(1, self.chunk // self.block))
             begin, end = (self.n_init + number * self.block for number in (done, until))
             places = torch.arange(begin, end, device=stream.k.device)
-            keys, _ = stream.unturned(places.expand(stream.k.shape[0], -1))
+            keys = _unturned(stream, places, begin, end)
             exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
             turned = exact if stream.rotary is None else turn(exact, places, stream.rotary)
             followers = memory.queries.mean_after(begin, end, self.n_local)
@@ -140,7 +140,14 @@ class InfLLM(FarMemory):
         inside = torch.arange(self.block, device=q.device) + self.n_init
 
         def load(rows: Tensor, _: Tensor, blocks: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-            return stream.begin(rows, blocks.unsqueeze(-1) * self.block + inside)
+            places = blocks.unsqueeze(-1) * self.block + inside
+            if stream.held:
+                return stream.begin(rows, places)
+            # where nothing lies on the host no token has to be looked for
+            end = self.border(begin)
+            keys, values = (x[:, :, self.n_init : end].unflatten(2, (-1, self.block))[rows, :, blocks] for x in (stream.k, stream.v))
+            keys = keys if stream.rotary is None else turn(keys, -places.unsqueeze(1), stream.rotary)
+            return lambda: (keys, values)
 
         begun = memory.recent.begin(self.choose(ctx, memory, stream, q, begin).unsqueeze(1), load)
 
@@ -149,3 +156,14 @@ class InfLLM(FarMemory):
             return Retrieved(*(x.squeeze(1).transpose(1, 2).flatten(2, 3) for x in begun()))
 
         return finish
+
+
+def _unturned(stream: Stream, places: Tensor, begin: int, end: int) -> Tensor:
+    """Keys of the places begin ... end - 1 before the rotary embedding `(B, Hk, m, D)`; `places` are these numbers.
+
+    Those that lie stored in full are cut out, where looking up single places asks the device which of them these are.
+    """
+    if begin < stream.held:
+        return stream.unturned(places.expand(stream.k.shape[0], -1))[0]
+    keys = stream.k[:, :, begin - stream.held : end - stream.held]
+    return keys if stream.rotary is None else turn(keys, -places, stream.rotary)

@@ -32,6 +32,8 @@ from saccade.cache.parted import Encoder, PartedSegment
 from saccade.cache.stores import PlainStore, Store, by_channel, by_token_over_heads, channel_factor
 from saccade.core import CachePolicy, Info, LayerContext, Mass, Prefill, Selection, StoredKV, register
 from saccade.core.tilemath import list_true
+from saccade.ops.estimate import row_sums
+from saccade.ops.gpu import runs_on
 from saccade.ops.quant import BITS
 from saccade.parts.choose import choose, ranks
 from saccade.parts.fixed_probes import FixedProbes
@@ -148,7 +150,11 @@ def important(
     n = k.shape[2]
     if q is None or not len(slots):
         return torch.ones(len(k), n, dtype=torch.bool, device=k.device)
-    mass = column_mass(q, slots, k, scale=scale, softcap=softcap).sum(1) / q.shape[1]
+    if runs_on(k) and q.dtype == k.dtype:
+        # one kernel, which writes no probabilities and repeats no keys for the queries of a group
+        mass = row_sums(q, k, slots, scale=scale, softcap=softcap).columns.sum(1) / q.shape[1]
+    else:
+        mass = column_mass(q, slots, k, scale=scale, softcap=softcap).sum(1) / q.shape[1]
     return choose_tokens(mass, slots, tau=tau, recent=recent)
 
 

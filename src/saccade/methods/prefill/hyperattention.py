@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saccade.core import Info, LayerContext, Partial, Prefill, Selection, merge, register
+from saccade.ops.estimate.reference_lists import compact
 from saccade.parts.lsh import angular_buckets
 from saccade.parts.rows import pick_rows
 
@@ -64,7 +65,7 @@ class HyperAttention(Prefill):
         n, past, generator = q.shape[2], k.shape[2] - q.shape[2], ctx.generator()
         halvings = self._halvings(n)
         # rows of padding come last: no row that counts sees them
-        q2, k2, v2 = (pad(x[:, :, -n:], (0, 0, 0, -n % (1 << halvings))) for x in (q, k, v))
+        q2, k2, v2 = (_whole(x[:, :, -n:], 1 << halvings) for x in (q, k, v))
         leaves = [_stack(x, 1 << halvings) for x in (q2, k2, v2)]
         part = _unstack(ctx.partial(leaves[0], leaves[1], leaves[2], None), q.shape[0])
         for level in reversed(range(halvings)):
@@ -84,7 +85,7 @@ class HyperAttention(Prefill):
         if self._exact(ctx, q, k):
             return Selection.full(n, n_k, device=q.device)
         halvings = self._halvings(n)
-        q2, k2 = (pad(x[:, :, -n:], (0, 0, 0, -n % (1 << halvings))) for x in (q, k))
+        q2, k2 = (_whole(x[:, :, -n:], 1 << halvings) for x in (q, k))
         size = q2.shape[2]
         seen = torch.zeros(*q.shape[:2], size, past + size, dtype=torch.bool, device=q.device)
         leaf = size >> halvings
@@ -118,7 +119,8 @@ class HyperAttention(Prefill):
         selection, rows, keys = self._sorted(q, k, pieces, generator)
         part = ctx.partial(pick_rows(q, rows), pick_rows(k, keys), pick_rows(v, keys), selection)
         assert part.lse is not None
-        back = rows.argsort(-1)
+        places = torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)
+        back = torch.empty_like(rows).scatter_(-1, rows, places)
         return Partial(pick_rows(part.out, back), torch.gather(part.lse, -1, back))
 
     def _core_mask(self, q: Tensor, k: Tensor, pieces: int, generator: torch.Generator) -> Tensor:
@@ -135,23 +137,44 @@ class HyperAttention(Prefill):
         """(what sorted queries read of sorted keys, query order `(B, Hq, Nq)`, key order `(B, Hk, Nk)`)."""
         wide = torch.promote_types(q.dtype, torch.float32)
         directions = torch.randn(q.shape[-1], self.bits, generator=generator, dtype=torch.float64).to(q.device, wide)
-        rows, keys = (torch.sort(angular_buckets(x, directions), dim=-1, stable=True).indices for x in (q, k))
+        # a code has few bits: as a narrow number it is sorted in fewer passes
+        narrow = torch.int16 if self.bits < 16 else torch.int32
+        rows, keys = (torch.sort(angular_buckets(x, directions).to(narrow), dim=-1, stable=True).indices for x in (q, k))
         n_q, n_k = q.shape[2], k.shape[2]
         blocks = -(-n_k // self.block)
         block_q = -(-n_q // blocks)
         tiles = -(-n_q // block_q)
         # rows of a batch draw the same places in their own sorted orders, pieces and heads different ones
-        drawn = torch.randint(n_k, (pieces, q.shape[1], self.samples), generator=generator).sort(-1).values
-        repeats = torch.searchsorted(drawn, drawn, right=True) - torch.searchsorted(drawn, drawn)
-        weight = (repeats * (n_k / self.samples)).log()
-        shape = (q.shape[0], q.shape[1], tiles, self.samples)
-        drawn, weight = (x.repeat(q.shape[0] // pieces, 1, 1).unsqueeze(2).expand(shape).to(q.device) for x in (drawn, weight))
-        # a drawn key of the own block is read there, without a weight
-        selection = Selection.from_parts(
-            n_q=n_q, n_k=n_k, block_q=block_q, block_k=self.block, causal=False, tokens=drawn, log_weight=weight,
-            starts=(torch.arange(tiles, device=q.device) * self.block).view(1, 1, -1, 1),
+        drawn = torch.randint(n_k, (pieces, q.shape[1], self.samples), generator=generator).to(q.device)
+        tokens, counts, weight = self._sample(drawn, tiles, n_k)
+        tokens, counts, weight = (x.repeat(q.shape[0] // pieces, *(1,) * (x.ndim - 1)) for x in (tokens, counts, weight))
+        starts = (torch.arange(tiles, device=q.device, dtype=torch.int32) * self.block).view(1, 1, -1, 1).expand(*tokens.shape[:3], 1)
+        selection = Selection(
+            n_q=n_q, n_k=n_k, block_q=block_q, block_k=self.block, causal=False, starts=starts, start_counts=torch.ones_like(counts),
+            tokens=tokens, token_counts=counts, log_weight=weight,
         )  # fmt: skip
         return selection, rows, keys
+
+    def _sample(self, drawn: Tensor, tiles: int, n_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Places drawn with replacement, `(pieces, H, samples)`, as the ascending keys of each tile, their number and the logarithm of how
+        many keys each stands for. A key of the tile's own block is read there, without a weight."""
+        drawn = drawn.sort(-1).values
+        repeats = torch.searchsorted(drawn, drawn, right=True) - torch.searchsorted(drawn, drawn)
+        logs = (torch.arange(1, self.samples + 1) * (n_k / self.samples)).log().to(drawn.device)
+        first = torch.ones_like(drawn, dtype=torch.bool)
+        first[..., 1:] = drawn[..., 1:] != drawn[..., :-1]
+        own = torch.arange(tiles, device=drawn.device).unsqueeze(-1)
+        keep = first.unsqueeze(2) & ((drawn // self.block).unsqueeze(2) != own)
+        which = compact(torch.arange(self.samples, device=drawn.device), keep, self.samples).long()
+        tokens, weight = pad(drawn, (0, 1), value=n_k).to(torch.int32), pad(logs[repeats - 1], (0, 1))
+        listed = (x.unsqueeze(2).expand(-1, -1, tiles, -1).gather(-1, which) for x in (tokens, weight))
+        return next(listed), keep.sum(-1, dtype=torch.int32), next(listed)
+
+
+def _whole(x: Tensor, pieces: int) -> Tensor:
+    """x `(B, H, N, D)` with rows of zeros behind, so that N is a multiple of `pieces`; itself where it is."""
+    more = -x.shape[2] % pieces
+    return pad(x, (0, 0, 0, more)) if more else x
 
 
 def _stack(x: Tensor, pieces: int, half: int | None = None) -> Tensor:

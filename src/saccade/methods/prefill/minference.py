@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from saccade.ops.estimate import TileGrid, pooled_scores, row_sums
 from saccade.parts import patterns
 from saccade.parts.choose import ranks
 from saccade.parts.equalcost import largest_within
-from saccade.parts.lists import KeyLists, join_heads, open_rows, tile_ends
+from saccade.parts.lists import KeyLists, best_listed, join_heads, open_rows, tile_ends
 from saccade.parts.sizes import check_size, resolve
 
 PATTERNS = ("a-shape", "vertical-slash", "block-sparse")
@@ -37,12 +37,15 @@ SAMPLE_TOKENS = 30_000  # length of the sample that the paper's sizes were found
 NOTICEABLE = 5e-3  # an output element that is off by more counts as wrong
 
 
-class Ranked(NamedTuple):
-    """What a prompt offers: the rank (0 is best) of every column and every offset, `(B, Hq, Nk)` each, and of every block in each
-    row of blocks, `(B, Hq, Tq, Tk)`, past the last block where it is not visible. None where no head needs it."""
+@dataclass(frozen=True)
+class Ranked:
+    """What a prompt offers on a device: the score of every column and every offset, `(B, Hq, Nk)` each, inf where it is always taken; and
+    the rank (0 is best) of every block in each row of blocks, `(B, Hq, Tq, Tk)`, past the last block where it is not visible. None
+    where no head needs it."""
 
-    columns: Tensor | None
-    offsets: Tensor | None
+    device: torch.device
+    vertical: Tensor | None
+    slash: Tensor | None
     blocks: Tensor | None
 
 
@@ -99,7 +102,7 @@ class MInference(Prefill, Calibrated):
     def select(self, ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor) -> Selection:
         n_q, n_k = q.shape[2], k.shape[2]
         shapes, sizes = self._shapes(ctx, q.shape[1], n_k)
-        lists = self._lists(self._rank(ctx, q, k, shapes), shapes, sizes.to(q.device).unsqueeze(0), n_q, n_k)
+        lists = self._lists(self._rank(ctx, q, k, shapes), shapes, sizes.unsqueeze(0), n_q, n_k)
         if self.dense_rows:
             lists = open_rows(lists, n_q=n_q, n_k=n_k, last=self.dense_rows, block=self.block)
         return lists.selection(n_q=n_q, n_k=n_k, block=self.block)
@@ -134,17 +137,16 @@ class MInference(Prefill, Calibrated):
         return bool((reach >= n_k).all())
 
     def _rank(self, ctx: LayerContext, q: Tensor, k: Tensor, shapes: Tensor) -> Ranked:
-        columns = offsets = by_block = None
+        vertical = slash = by_block = None
         if bool((shapes == VERTICAL_SLASH).any()):
             sums = row_sums(q[:, :, -self.probe :], k, diagonals=True, scale=ctx.scale, softcap=ctx.softcap)
             vertical, slash = sums.columns, sums.diagonals
             assert slash is not None
             vertical[..., : self.sinks] = torch.inf
             slash[..., : self.near] = torch.inf
-            columns, offsets = ranks(vertical), ranks(slash)
         if bool((shapes == BLOCK_SPARSE).any()):
             by_block = self._rank_blocks(q, k)
-        return Ranked(columns, offsets, by_block)
+        return Ranked(q.device, vertical, slash, by_block)
 
     def _rank_blocks(self, q: Tensor, k: Tensor) -> Tensor:
         grid = TileGrid.of(q, k, self.block, self.block)
@@ -157,22 +159,24 @@ class MInference(Prefill, Calibrated):
         return ranks(scores).masked_fill(~grid.visible(q.device), grid.columns)
 
     def _lists(self, ranked: Ranked, shapes: Tensor, sizes: Tensor, n_q: int, n_k: int) -> KeyLists:
-        """Lists of all heads, whose sizes are `(B or 1, Hq, 2)`."""
-        ends = tile_ends(n_q, n_k, self.block, sizes.device)
+        """Lists of all heads; their shapes `(Hq,)` are on the CPU, and so are their sizes `(B or 1, Hq, 2)` where nothing changes them."""
+        device = ranked.device
+        ends = tile_ends(n_q, n_k, self.block, device)
         parts = []
         for shape in shapes.unique().tolist():
-            heads = (shapes == shape).nonzero().squeeze(-1).to(sizes.device)
-            first, second = sizes[:, heads].unbind(-1)
+            which = (shapes == shape).nonzero().squeeze(-1)
+            first, second = sizes[:, which.to(sizes.device)].unbind(-1)
+            heads = which.to(device)
             if shape == A_SHAPE:
-                lists = patterns.a_shape(first, second, ends, self.block, n_k)
+                lists = patterns.a_shape(first.to(device), second.to(device), ends, self.block, n_k)
             elif shape == VERTICAL_SLASH:
-                assert ranked.columns is not None and ranked.offsets is not None
-                columns, offsets = ranked.columns[:, heads], ranked.offsets[:, heads]
-                lists = patterns.vertical_slash(columns < first.unsqueeze(-1), offsets < second.unsqueeze(-1), ends, self.block)
+                assert ranked.vertical is not None and ranked.slash is not None
+                columns, offsets = best_listed(ranked.vertical[:, heads], first), best_listed(ranked.slash[:, heads], second)
+                lists = patterns.listed_slash(columns, offsets, ends, self.block, n_k)
             else:
                 assert ranked.blocks is not None
                 # an invisible block ranks behind all, so no size reaches it
-                chosen = ranked.blocks[:, heads] < first.clamp(max=ranked.blocks.shape[-1])[..., None, None]
+                chosen = ranked.blocks[:, heads] < first.clamp(max=ranked.blocks.shape[-1]).to(device)[..., None, None]
                 lists = patterns.blocks(chosen, self.block, n_k)
             parts.append((heads, lists))
         return join_heads(parts, n_k)

@@ -6,6 +6,7 @@
     row_sums                                            column and diagonal sums of a few exact rows (minference, sampleattention)
     pooled_probabilities                                softmax probabilities per tile, exact (calibration, inspection, proxyattn)
     row_products, packed_products, best_ids             one query's scores over many stored rows, and the best of them (decoding)
+    slash_lists                                         what query tiles read of chosen columns and diagonals (minference)
     descend_tree                                        about the best of them, a score for ranges of keys instead of each (hip)
     choose_top_k, choose_top_p, choose_threshold        tile scores to a Selection, without a host synchronisation
 
@@ -26,11 +27,12 @@ from saccade.ops.estimate.packed import packed_products
 from saccade.ops.estimate.pages import extend_pages, minmax_pages, page_bounds
 from saccade.ops.estimate.pooled import BlockStatistics, block_statistics, pool_blocks, pooled_scores, self_similarity
 from saccade.ops.estimate.rows import RowSums, row_sums
+from saccade.ops.estimate.slash_lists import SlashLists, slash_lists
 from saccade.ops.estimate.tiles import mean_probability, pooled_probabilities, tile_maxima
 
 __all__ = [
-    "IMPLEMENTATIONS", "BlockStatistics", "Impl", "Reduce", "RowSums", "TileGrid", "best_ids", "block_statistics", "choose_threshold",
-    "choose_tiles", "choose_top_k", "choose_top_p", "descend_tree", "extend_pages", "last_estimate", "mean_probability",
-    "minmax_pages", "packed_products", "page_bounds", "pool_blocks", "pooled_probabilities", "pooled_scores", "row_products",
-    "row_sums", "self_similarity", "tile_maxima",
+    "IMPLEMENTATIONS", "BlockStatistics", "Impl", "Reduce", "RowSums", "SlashLists", "TileGrid", "best_ids", "block_statistics",
+    "choose_threshold", "choose_tiles", "choose_top_k", "choose_top_p", "descend_tree", "extend_pages", "last_estimate",
+    "mean_probability", "minmax_pages", "packed_products", "page_bounds", "pool_blocks", "pooled_probabilities", "pooled_scores",
+    "row_products", "row_sums", "self_similarity", "slash_lists", "tile_maxima",
 ]  # fmt: skip
