@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ def test_a_table_is_printed_and_written_and_goes_on(model: Path, tmp_path: Path)
     words = ["prefill", "--model", str(model), "--device", "cpu", *SMALL, "--json", str(data), "--markdown", str(page)]
     result = run(*words)
     assert result.exit_code == 0, result.output
-    rows = json.loads(data.read_text())["rows"]
+    document = json.loads(data.read_text())
+    rows = document["rows"]
+    # the command of the file asks for what was asked for
+    assert all(word in shlex.split(document["command"]) for word in SMALL)
     assert [row["system"] for row in rows if row["aim"] and row["task"] == "needle"] == ["sampleattention", "fna"]
     lines = result.stdout.splitlines()
     assert "300 tokens" in lines and any(line.startswith("fna(window=68)") and " 0." in line for line in lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -142,7 +143,10 @@ def run_table(
         return results.command_of(name, [spec], [spec_of(cell.task)], [cell.length], {**settings, "mode": cell.mode}, options)
 
     words = ["saccade", "table", kind, "--model", name, "--lengths", ",".join(map(str, settings["lengths"])), "--samples", str(samples)]
-    result = results.new_result(settings, results.describe_model(model, name), results.environment(model), " ".join([*words, *options]))
+    only = (("budgets", aims), ("methods", systems), ("tasks", tasks), ("modes", modes))
+    words += [word for option, chosen in only if chosen for word in (f"--{option}", ",".join(chosen))]
+    words += ["--no-layers"] * (not layers) + ["--seed", str(seed)] * bool(seed)
+    result = results.new_result(settings, results.describe_model(model, name), results.environment(model), shlex.join([*words, *options]))
     if resume and json_path is not None and Path(json_path).exists():
         old = results.load(json_path)
         results.check_resumable(old, result, json_path)
