@@ -118,7 +118,7 @@ def test_a_wrong_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         (["estimate", "--n", "100"], "multiple of 128"),
         (["quant", "--n", "64", "--heads", "1", "--impl", "auto", "--dtype", "float32", "--case", "magic"], "no function of quant"),
         (["scan", "--n", "64", "--heads", "1", "--impl", "magic"], "the case did not run: impl 'magic' is not one of"),
-        (["quant", "--n", "64", "--impl", "triton"], "one implementation"),
+        (["quant", "--n", "64", "--impl", "reference"], "an implementation in torch and one in triton"),
         (["decode", "--grid", "quick", "--device", "cpu", "--case", "pages", "--impl", "magic"], "no case ran"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.bench.case import Case, Check, Contestant, Field, Run, Settings, Skip, Work
 from saccade.bench.exact import EqualCheck, SliceCheck
 from saccade.ops import quant
-from saccade.ops.gpu import runs_on
+from saccade.ops.gpu import has_triton
 
 PART = 512  # rows of a checked slice
 
@@ -46,7 +46,6 @@ class Entry:
     call: Callable[[], Any]
     bytes: float
     check: Check
-    impl: str = "torch"
 
 
 def _part(x: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def _pack(shape: Shape, s: Settings, bits: int, words: bool) -> Entry:
         return [(flat * 2 ** torch.arange(8, device=s.device)).sum(-1).to(torch.uint8)]
 
     packed = pack(_part(codes), bits).shape[-1] * codes[..., 0].numel()
-    return Entry(lambda: pack(codes, bits), codes.numel() + packed, EqualCheck(slices=lambda o: [_part(o[0])], exact=exact))
+    return Entry(lambda: pack(codes, bits, impl=s.impl), codes.numel() + packed, EqualCheck(slices=lambda o: [_part(o[0])], exact=exact))
 
 
 def _unpack(shape: Shape, s: Settings, bits: int, words: bool) -> Entry:
@@ -80,7 +79,7 @@ def _unpack(shape: Shape, s: Settings, bits: int, words: bool) -> Entry:
     packed = (quant.pack_words if words else quant.pack)(codes, bits)
     unpack = quant.unpack_words if words else quant.unpack
     check = EqualCheck(slices=lambda o: [_part(o[0])], exact=lambda: [_part(codes)])
-    return Entry(lambda: unpack(packed, bits, shape.dim), _bytes(codes, packed), check)
+    return Entry(lambda: unpack(packed, bits, shape.dim, impl=s.impl), _bytes(codes, packed), check)
 
 
 def _quantise(shape: Shape, s: Settings, bits: int, axis: int, symmetric: bool) -> Entry:
@@ -106,7 +105,7 @@ def _quantise(shape: Shape, s: Settings, bits: int, axis: int, symmetric: bool) 
     made = step(x[:1, :1, :rows], bits, axis, group=group)
     parameters = _bytes(*made[1:]) / made.codes.numel() * x.numel()
     check = _Restored(x[:1, :1, :rows], found, run, s.dtype)
-    return Entry(lambda: tuple(step(x, bits, axis, group=group, check=False)), _bytes(x) + x.numel() + parameters, check)
+    return Entry(lambda: tuple(step(x, bits, axis, group=group, check=False, impl=s.impl)), _bytes(x) + x.numel() + parameters, check)
 
 
 class _Restored:
@@ -135,7 +134,7 @@ def _dequantise(shape: Shape, s: Settings, bits: int) -> Entry:
         return [_part(codes).to(dtype) * wide[0] + wide[1]]
 
     check = SliceCheck(slices=lambda o: [_part(o[0])], exact=lambda: run(torch.float64), plain=lambda: run(s.dtype))
-    return Entry(lambda: quant.dequantise(codes, scale, zero), _bytes(codes, scale, zero, x), check)
+    return Entry(lambda: quant.dequantise(codes, scale, zero, impl=s.impl), _bytes(codes, scale, zero, x), check)
 
 
 def _hadamard(shape: Shape, s: Settings) -> Entry:
@@ -148,8 +147,7 @@ def _hadamard(shape: Shape, s: Settings) -> Entry:
         return [(_part(x).to(dtype) @ matrix) * shape.dim**-0.5]
 
     check = SliceCheck(slices=lambda o: [_part(o[0])], exact=lambda: run(torch.float64), plain=lambda: run(s.dtype))
-    impl = s.impl if s.impl != "auto" else "triton" if runs_on(x) else "torch"
-    return Entry(lambda: quant.hadamard(x, impl), 2 * _bytes(x), check, impl)
+    return Entry(lambda: quant.hadamard(x, s.impl), 2 * _bytes(x), check)
 
 
 def _codebook_encode(shape: Shape, s: Settings, bits: int) -> Entry:
@@ -161,7 +159,7 @@ def _codebook_encode(shape: Shape, s: Settings, bits: int) -> Entry:
         return [(_part(x).double().unsqueeze(-1) - levels.double()).abs().argmin(-1).to(torch.uint8)]
 
     check = EqualCheck(slices=lambda o: [_part(o[0])], exact=exact)
-    return Entry(lambda: quant.codebook_encode(x, levels), _bytes(x) + x.numel(), check)
+    return Entry(lambda: quant.codebook_encode(x, levels, impl=s.impl), _bytes(x) + x.numel(), check)
 
 
 FUNCTIONS: dict[str, Callable[[Shape, Settings], Entry]] = {
@@ -179,11 +177,12 @@ FUNCTIONS: dict[str, Callable[[Shape, Settings], Entry]] = {
 
 
 def _build(what: str, shape: Shape, s: Settings) -> Field:
-    if what != "hadamard" and s.impl not in ("auto", "torch"):
-        raise Skip(f"{what} has one implementation, in torch: --impl {s.impl} can't run")
+    if s.impl not in ("auto", "torch", "triton"):
+        raise Skip(f"{what} has an implementation in torch and one in triton: --impl {s.impl} can't run")
+    ran = s.impl if s.impl != "auto" else "triton" if s.cuda and has_triton() else "torch"
     entry = FUNCTIONS[what](shape, s)
     amount = Work(flops=None, bytes=entry.bytes, unit="byte")
-    ours = Contestant(name="saccade", role="ours", work=amount, make=lambda: Run(call=entry.call, outputs=_as_tuple, impl=entry.impl))
+    ours = Contestant(name="saccade", role="ours", work=amount, make=lambda: Run(call=entry.call, outputs=_as_tuple, impl=ran))
     half = int(entry.bytes / 2)
 
     def copy() -> Run:

@@ -11,6 +11,8 @@ few values that would widen every range; `hadamard` rotates outliers away.
 Packed, code i takes the bits [i * bits, (i + 1) * bits) of its row, lowest bit first: n codes take ceil(n * bits / 8) bytes.
 In words (`pack_words`), each 16 bits hold 16 // bits codes, lowest first, and no code lies across two words: for 1, 2, 4 and 8 bits those
 are the same bytes, 3 bits take 3.2, 5 and 6 and 7 bits take 5.3, 8 and 8. Kernels read words.
+impl: "auto" (kernels in Triton for CUDA tensors, outside of torch.compile), "torch" or "triton". Kernels take float32, float16 and
+bfloat16 and no gradients, and give what the definition gives on a CPU, bit for bit: what is not a number has code 0.
 Checks that read values from the tensors (codes that don't fit, values that aren't finite) run for CPU tensors unless `check` says
 otherwise: on a GPU they would wait for the device.
 """
@@ -23,14 +25,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.ops.gpu import require_triton, runs_on
 from saccade.ops.quant import reference
+from saccade.ops.quant.choice import NARROW, kernel_asked, kernel_takes, narrow
 from saccade.ops.quant.codebook import codebook, codebook_decode, codebook_encode, split_outliers
 from saccade.ops.quant.hadamard import hadamard
+from saccade.ops.quant.sets import Sets, by_axes, by_parameters
 
 BITS = (1, 2, 3, 4, 8)  # what caches offer; packing takes 1 to 8
 _WHOLE = (1, 2, 4, 8)  # of which no code lies across two bytes
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_TAKEN = "float32, float16 and bfloat16 on one device, no gradients and up to four axes that lie apart"
 
 __all__ = [
     "BITS", "Affine", "Symmetric", "affine_parameters", "affine_quantise", "codebook", "codebook_decode", "codebook_encode",
@@ -61,16 +64,16 @@ def packed_bytes(n: int, bits: int) -> int:
     return reference.packed_bytes(n, bits)
 
 
-def pack(codes: Tensor, bits: int, *, check: bool | None = None) -> Tensor:
+def pack(codes: Tensor, bits: int, *, check: bool | None = None, impl: str = "auto") -> Tensor:
     """Codes `(..., n)` uint8, each below 2^bits, as bytes `(..., ceil(n * bits / 8))` uint8; 1 to 8 bits.
 
     Raises TypeError for another dtype and ValueError for a code that does not fit.
     """
     _check_codes(codes, bits, check)
-    return reference.pack(codes, bits)
+    return _packed(codes, bits, impl, words=False)
 
 
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, n: int, *, impl: str = "auto") -> Tensor:
     """The inverse of `pack`: `(..., ceil(n * bits / 8))` uint8 to `(..., n)` uint8."""
     _check_bits(bits, range(1, 9))
     _check_bytes(packed, "packed codes")
@@ -78,7 +81,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         raise ValueError(
             f"{packed.shape[-1]} bytes a row do not hold {n} codes of {bits} bits: expected {reference.packed_bytes(n, bits)}"
         )
-    return reference.unpack(packed, bits, n)
+    return _unpacked(packed, bits, n, impl, words=False)
 
 
 def word_bytes(n: int, bits: int) -> int:
@@ -87,35 +90,41 @@ def word_bytes(n: int, bits: int) -> int:
     return 2 * -(-n // (16 // bits))
 
 
-def pack_words(codes: Tensor, bits: int, *, check: bool | None = None) -> Tensor:
+def pack_words(codes: Tensor, bits: int, *, check: bool | None = None, impl: str = "auto") -> Tensor:
     """Codes `(..., n)` uint8, each below 2^bits, in words: bytes `(..., 2 * ceil(n / (16 // bits)))` uint8. Errors as in `pack`."""
     _check_codes(codes, bits, check)
-    return reference.pack_words(codes, bits)
+    return _packed(codes, bits, impl, words=True)
 
 
-def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
+def unpack_words(packed: Tensor, bits: int, n: int, *, impl: str = "auto") -> Tensor:
     """The inverse of `pack_words`: `(..., n)` uint8."""
     _check_bytes(packed, "packed codes")
     if packed.shape[-1] != word_bytes(n, bits):
         raise ValueError(f"{packed.shape[-1]} bytes a row do not hold {n} codes of {bits} bits in words: expected {word_bytes(n, bits)}")
-    return reference.unpack_words(packed, bits, n)
+    return _unpacked(packed, bits, n, impl, words=True)
 
 
 def affine_parameters(
     x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0,
-    check: bool | None = None,
+    check: bool | None = None, impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(scale, zero) of asymmetric quantisation of x; see `affine_quantise`."""
     _check_bits(bits, range(1, 9))
     split, axes, dim = _split(x, dims, group, clip)
-    scale, zero = reference.affine_parameters(split, bits, axes, clip)
+    walk = _walk("affine_parameters", impl, split, axes)
+    if walk is None:
+        scale, zero = reference.affine_parameters(split, bits, axes, clip)
+    else:
+        from saccade.ops.quant.triton import parameters
+
+        scale, zero = (_per_set(p, split, axes) for p in parameters(*walk, bits, clip, symmetric=False))
     _check_finite(check, scale, zero)
-    return (scale, zero) if dim is None else (scale.squeeze(dim), zero.squeeze(dim))
+    return _squeezed(scale, dim), _squeezed(zero, dim)
 
 
 def affine_quantise(
     x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0,
-    check: bool | None = None,
+    check: bool | None = None, impl: str = "auto",
 ) -> Affine:  # fmt: skip
     """Asymmetric min/max quantisation of x (finite, floating point), round to nearest, 1 to 8 bits.
 
@@ -123,8 +132,18 @@ def affine_quantise(
     with parameters of its own. clip: factor on min and max; values beyond are clamped.
     Raises ValueError for values that are not finite and for a group that does not divide its axis.
     """
-    scale, zero = affine_parameters(x, bits, dims, group=group, clip=clip, check=check)
-    return Affine(encode(x, scale, zero, bits), scale, zero)
+    _check_bits(bits, range(1, 9))
+    split, axes, dim = _split(x, dims, group, clip)
+    walk = _walk("affine_quantise", impl, split, axes)
+    if walk is None:
+        scale, zero = affine_parameters(x, bits, dims, group=group, clip=clip, check=check, impl="torch")
+        return Affine(encode(x, scale, zero, bits, impl="torch"), scale, zero)
+    from saccade.ops.quant.triton import quantise
+
+    codes, *found = quantise(*walk, bits, clip, symmetric=False)
+    scale, zero = (_per_set(p, split, axes) for p in found)
+    _check_finite(check, scale, zero)
+    return Affine(codes.view(x.shape), _squeezed(scale, dim), _squeezed(zero, dim))
 
 
 def quantise_rows(
@@ -143,16 +162,8 @@ def quantise_rows(
     given = None if columns is None else (columns.ndim, columns.dtype, *columns.shape[:1])
     if columns is not None and (given != (2, torch.int64, x.shape[1]) or not columns.shape[1]):
         raise ValueError(f"columns {columns.dtype} {tuple(columns.shape)} do not fit {x.shape[1]} heads: expected int64 ({x.shape[1]}, d)")
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl {impl!r} is not one of auto, torch, triton")
-    fits = bits in _WHOLE and x.dtype in _NARROW and not (torch.is_grad_enabled() and x.requires_grad)
-    if impl == "triton":
-        require_triton("quantise_rows", x)
-        if not fits:
-            raise ValueError(
-                'quantise_rows: impl "triton" takes 1, 2, 4 and 8 bits, float32, float16 and bfloat16 and no gradients; use impl "auto"'
-            )
-    if impl == "triton" or (impl == "auto" and fits and runs_on(x) and not torch.compiler.is_compiling()):
+    takes = "1, 2, 4 and 8 bits, float32, float16 and bfloat16 and no gradients"
+    if kernel_asked("quantise_rows", impl, x) and kernel_takes("quantise_rows", impl, bits in _WHOLE and narrow(x), takes):
         from saccade.ops.quant.triton import quantise_rows as fused
 
         packed, ranges = fused(x, bits, columns)
@@ -160,45 +171,124 @@ def quantise_rows(
         return packed, ranges
     if columns is not None:
         x = x.gather(-1, columns.unsqueeze(1).expand(x.shape[0], -1, x.shape[2], -1))
-    codes, scale, zero = affine_quantise(x, bits, check=check)
-    return pack(codes, bits, check=False), torch.cat([scale, zero], dim=-1)
+    codes, scale, zero = affine_quantise(x, bits, check=check, impl=impl)
+    return pack(codes, bits, check=False, impl=impl), torch.cat([scale, zero], dim=-1)
 
 
 def symmetric_quantise(
     x: Tensor, bits: int, dims: int | Sequence[int] = -1, *, group: int | None = None, clip: float = 1.0,
-    check: bool | None = None,
+    check: bool | None = None, impl: str = "auto",
 ) -> Symmetric:  # fmt: skip
     """Symmetric quantisation of x, 2 to 8 bits: 0 stays 0. Arguments as in `affine_quantise`."""
     _check_bits(bits, range(2, 9))
     split, axes, dim = _split(x, dims, group, clip)
-    scale = reference.symmetric_scale(split, bits, axes, clip)
+    walk = _walk("symmetric_quantise", impl, split, axes)
+    if walk is None:
+        scale = reference.symmetric_scale(split, bits, axes, clip)
+        _check_finite(check, scale)
+        codes = reference.symmetric_encode(split, scale, bits).reshape(x.shape)
+        return Symmetric(codes, _squeezed(scale, dim))
+    from saccade.ops.quant.triton import quantise
+
+    codes, scale, _ = quantise(*walk, bits, clip, symmetric=True)
+    scale = _per_set(scale, split, axes)
     _check_finite(check, scale)
-    middle, most = 1 << (bits - 1), (1 << (bits - 1)) - 1
-    step = scale.to(reference.exact(x))
-    steps = (split.to(step.dtype) / torch.where(step > 0, step, 1.0)).round_().clamp_(-most, most)
-    codes = (steps + middle).to(torch.uint8).reshape(x.shape)
-    return Symmetric(codes, scale if dim is None else scale.squeeze(dim))
+    return Symmetric(codes.view(x.shape), _squeezed(scale, dim))
 
 
-def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int, *, impl: str = "auto") -> Tensor:
     """Codes uint8 of x for given parameters, each broadcastable to x or with one entry per group of an axis."""
     _check_bits(bits, range(1, 9))
+    walk = _walk_by("encode", impl, x, (scale, zero), narrow(x, scale, zero))
+    if walk is not None:
+        from saccade.ops.quant.triton import encode as kernel
+
+        view, sets, (scale, zero) = walk
+        return kernel(view, sets, bits, scale, zero, torch.empty(x.shape, dtype=torch.uint8, device=x.device))
     scale, zero = (_spread(p, x.shape) for p in (scale, zero))
     return reference.encode(x, scale, zero, bits)
 
 
-def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype | None = None, *, impl: str = "auto") -> Tensor:
     """`zero + scale * codes` in `dtype` (default: the scale's); scale and zero as `affine_quantise` gave them."""
+    dtype = scale.dtype if dtype is None else dtype
+    y = _decoded("dequantise", codes, (scale, zero), 0, dtype, impl)
+    if y is not None:
+        return y
     scale, zero = (_spread(p, codes.shape) for p in (scale, zero))
-    return reference.decode(codes, scale, zero, scale.dtype if dtype is None else dtype)
+    return reference.decode(codes, scale, zero, dtype)
 
 
-def symmetric_dequantise(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype | None = None) -> Tensor:
+def symmetric_dequantise(
+    codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype | None = None, *, impl: str = "auto"
+) -> Tensor:
     """`scale * (codes - 2^(bits-1))` in `dtype` (default: the scale's)."""
     _check_bits(bits, range(2, 9))
+    dtype, middle = scale.dtype if dtype is None else dtype, 1 << (bits - 1)
+    y = _decoded("symmetric_dequantise", codes, (scale,), middle, dtype, impl)
+    if y is not None:
+        return y
     wide = reference.exact(scale)
-    steps = codes.to(wide) - (1 << (bits - 1))
-    return (steps * _spread(scale, codes.shape).to(wide)).to(scale.dtype if dtype is None else dtype)
+    return ((codes.to(wide) - middle) * _spread(scale, codes.shape).to(wide)).to(dtype)
+
+
+def _walk(op: str, impl: str, x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Sets] | None:
+    """How a kernel is to walk along x, where one is to run."""
+    if not kernel_asked(op, impl, x) or not x.numel():
+        return None
+    walk = by_axes(x, axes) if narrow(x) else None
+    return walk if kernel_takes(op, impl, walk is not None, _TAKEN) else None
+
+
+def _walk_by(
+    op: str, impl: str, x: Tensor, parameters: tuple[Tensor, ...], fits: bool
+) -> tuple[Tensor, Sets, tuple[Tensor, ...]] | None:
+    """The same where parameters are given."""
+    if not kernel_asked(op, impl, x) or not x.numel():
+        return None
+    walk = by_parameters(x, *parameters) if fits else None
+    return walk if kernel_takes(op, impl, walk is not None, _TAKEN) else None
+
+
+def _decoded(op: str, codes: Tensor, parameters: tuple[Tensor, ...], middle: int, dtype: torch.dtype, impl: str) -> Tensor | None:
+    """The numbers, where a kernel is to make them."""
+    fits = dtype in NARROW and (narrow(codes, *parameters) or (narrow(*parameters) and _bytes_beside(codes, parameters[0])))
+    walk = _walk_by(op, impl, codes, parameters, fits)
+    if walk is None:
+        return None
+    from saccade.ops.quant.triton import decode
+
+    view, sets, (scale, *zero) = walk
+    return decode(view, sets, scale, zero[0] if zero else None, middle, dtype)
+
+
+def _bytes_beside(codes: Tensor, parameter: Tensor) -> bool:
+    return codes.dtype == torch.uint8 and codes.device == parameter.device
+
+
+def _per_set(parameter: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A flat parameter in the shape of x, its reduced axes of size 1."""
+    return parameter.view([1 if axis in axes else size for axis, size in enumerate(x.shape)])
+
+
+def _squeezed(parameter: Tensor, dim: int | None) -> Tensor:
+    return parameter if dim is None else parameter.squeeze(dim)
+
+
+def _packed(codes: Tensor, bits: int, impl: str, *, words: bool) -> Tensor:
+    if kernel_asked("pack", impl, codes) and codes.numel():
+        from saccade.ops.quant.triton import pack as kernel
+
+        return kernel(codes, bits, words)
+    return reference.pack_words(codes, bits) if words else reference.pack(codes, bits)
+
+
+def _unpacked(packed: Tensor, bits: int, n: int, impl: str, *, words: bool) -> Tensor:
+    if kernel_asked("unpack", impl, packed) and packed.numel():
+        from saccade.ops.quant.triton import unpack as kernel
+
+        return kernel(packed, bits, n, words)
+    return reference.unpack_words(packed, bits, n) if words else reference.unpack(packed, bits, n)
 
 
 def _split(

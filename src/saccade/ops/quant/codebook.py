@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.quant.choice import kernel_asked, kernel_takes, narrow
+
 FINE = 4096  # bins of the histogram in which long inputs are summed before the search
 STEPS = 50
+_TAKEN = "tensors of one device, float32, float16 or bfloat16"
 
 
 def codebook(x: Tensor, bits: int, weight: Tensor | None = None, *, steps: int = STEPS) -> Tensor:
@@ -35,20 +38,32 @@ def codebook(x: Tensor, bits: int, weight: Tensor | None = None, *, steps: int =
     return levels.to(wide).view(*x.shape[:-1], 1 << bits)
 
 
-def codebook_encode(x: Tensor, levels: Tensor) -> Tensor:
+def codebook_encode(x: Tensor, levels: Tensor, *, impl: str = "auto") -> Tensor:
     """uint8 codes of the nearest of the ascending `levels (..., L)` for x `(..., n)` (equally near: the lower); levels `(L,)` are
-    shared by all rows."""
+    shared by all rows. impl: "auto", "torch" or "triton" (float32, float16 and bfloat16)."""
     wide = torch.promote_types(x.dtype, levels.dtype)
     middles = ((levels[..., 1:].to(wide) + levels[..., :-1].to(wide)) / 2).contiguous()
-    if levels.ndim == 1:
-        return torch.searchsorted(middles, x.to(wide).contiguous()).to(torch.uint8)
-    middles = middles.expand(*x.shape[:-1], middles.shape[-1]).contiguous()
+    if levels.ndim > 1:
+        middles = middles.expand(*x.shape[:-1], middles.shape[-1]).contiguous()
+    # codes have no gradient: none is lost
+    fits, takes = narrow(x.detach(), levels.detach()) and levels.shape[-1] > 1, f"{_TAKEN}, and two levels or more"
+    if kernel_asked("codebook_encode", impl, x) and kernel_takes("codebook_encode", impl, fits, takes) and x.numel():
+        from saccade.ops.quant.triton import nearest
+
+        return nearest(x, middles)
     return torch.searchsorted(middles, x.to(wide).contiguous()).to(torch.uint8)
 
 
-def codebook_decode(codes: Tensor, levels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The levels that codes `(..., n)` stand for, in `dtype` (default: that of the levels)."""
+def codebook_decode(codes: Tensor, levels: Tensor, dtype: torch.dtype | None = None, *, impl: str = "auto") -> Tensor:
+    """The levels that codes `(..., n)` stand for, in `dtype` (default: that of the levels). impl as in `codebook_encode`; its kernel
+    takes uint8 codes and no gradients."""
     levels = levels if dtype is None else levels.to(dtype)
+    fits, takes = narrow(levels) and codes.dtype == torch.uint8 and codes.device == levels.device, f"uint8 codes, {_TAKEN} and no gradients"
+    if kernel_asked("codebook_decode", impl, codes) and kernel_takes("codebook_decode", impl, fits, takes) and codes.numel():
+        from saccade.ops.quant.triton import levels_of
+
+        book = levels if levels.ndim == 1 else levels.expand(*codes.shape[:-1], levels.shape[-1])
+        return levels_of(codes, book.contiguous())
     if levels.ndim == 1:
         return levels[codes.long()]
     return levels.expand(*codes.shape[:-1], levels.shape[-1]).gather(-1, codes.long())

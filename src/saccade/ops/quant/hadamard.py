@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.ops.gpu import require_triton, runs_on
+from saccade.ops.quant.choice import kernel_asked, kernel_takes, narrow
 
 LARGEST_TILE = 1024  # the longest axis that the kernel takes; longer ones run in torch
 
@@ -21,14 +21,8 @@ def hadamard(x: Tensor, impl: str = "auto") -> Tensor:
         raise TypeError(f"hadamard takes a floating-point tensor, not {x.dtype}")
     if n < 1 or n & (n - 1):
         raise ValueError(f"the Hadamard transform needs a power of two, not a last axis of {n}: pad it, or rotate parts of it")
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl {impl!r} is not one of auto, torch, triton")
-    fits = n <= LARGEST_TILE and x.dtype != torch.float64 and not (torch.is_grad_enabled() and x.requires_grad)
-    if impl == "triton":
-        require_triton("hadamard", x)
-        if not fits:
-            raise ValueError(f'hadamard: impl "triton" takes up to {LARGEST_TILE} channels, no float64 and no gradients; use impl "auto"')
-    if impl == "triton" or (impl == "auto" and fits and runs_on(x) and not torch.compiler.is_compiling()):
+    takes = f"up to {LARGEST_TILE} channels, no float64 and no gradients"
+    if kernel_asked("hadamard", impl, x) and kernel_takes("hadamard", impl, n <= LARGEST_TILE and narrow(x), takes):
         from saccade.ops.quant.triton import butterfly
 
         return butterfly(x)

@@ -123,6 +123,13 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return codes.round_().clamp_(0, (1 << bits) - 1).masked_fill_(step == 0, 0).to(torch.uint8)
 
 
+def symmetric_encode(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    middle, most = 1 << (bits - 1), (1 << (bits - 1)) - 1
+    step = scale.to(exact(x))
+    steps = (x.to(step.dtype) / torch.where(step > 0, step, 1.0)).round_().clamp_(-most, most)
+    return (steps + middle).to(torch.uint8)
+
+
 def decode(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     wide = exact(scale)
     return codes.to(wide, copy=True).mul_(scale.to(wide)).add_(zero.to(wide)).to(dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels for quant: the Walsh-Hadamard transform of rows that fit a program, and rows made codes and packed in one go."""
+"""Rows made codes and packed in one go."""
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportArgumentType=false
 
@@ -10,39 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.ops.gpu import ceil_div, next_power_of_two
+from saccade.ops.quant.triton.common import to_bfloat16
 
 TILE = 2048  # values a program works on, unless one row has more
-
-
-@triton.jit
-def _butterfly(x_ptr, y_ptr, rows, scale, N: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = row[:, None] * N + tl.arange(0, N)[None, :]
-    y = tl.load(x_ptr + at, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
-    for _ in tl.static_range(ROUNDS):
-        a, b = tl.split(tl.reshape(y, [BLOCK, N // 2, 2]))
-        y = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [BLOCK, N])
-    tl.store(y_ptr + at, (y * scale).to(y_ptr.dtype.element_ty), mask=(row < rows)[:, None])
-
-
-def butterfly(x: Tensor) -> Tensor:
-    """The transform of x `(..., n)`, n a power of two up to 1024."""
-    x = x.contiguous()
-    n = x.shape[-1]
-    y = torch.empty_like(x)
-    rows = x.numel() // n
-    block = max(1, 2048 // n)
-    if rows:
-        _butterfly[(-(-rows // block),)](x, y, rows, n**-0.5, N=n, ROUNDS=n.bit_length() - 1, BLOCK=block, num_warps=4)
-    return y
-
-
-@triton.jit
-def _to_bfloat16(x):
-    """The nearest bfloat16, the even one of two, still as float32: a cast rounds on a GPU and cuts in the interpreter."""
-    whole = x.to(tl.int32, bitcast=True)
-    near = ((whole + 0x7FFF + ((whole >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(x == x, near, x)
 
 
 # rows of a growing cache or of one new token: the kernel is not compiled for each number of them
@@ -70,7 +40,7 @@ def _quantise_rows(
     # a comparison keeps what is not a number, a maximum would not
     step = tl.div_rn(tl.where(apart < 0, 0.0, apart), tl.zeros_like(apart) + MOST)
     if ranges.dtype.element_ty == tl.bfloat16:
-        step = _to_bfloat16(step)
+        step = to_bfloat16(step)
     scale = step.to(ranges.dtype.element_ty)
     step = scale.to(tl.float32)
     safe = tl.where(step > 0, step, 1.0)
