@@ -14,6 +14,7 @@ import saccade
 from saccade.ops.conv import short_conv
 from saccade.parts.linear import ShortConv
 from tests.ops.memory import watched
+from tests.ops.poison import poison
 
 pytest.importorskip("triton")
 
@@ -24,16 +25,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN; and the numbers drawn are the same each time."""
+def same_numbers_in_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    empty = torch.empty
-
-    def full_of_nan(*size: Any, **options: Any) -> Tensor:
-        x = empty(*size, **options)
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", full_of_nan)
+    poison(monkeypatch)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from saccade.ops import decode
 from saccade.ops.decode import Packed, decode_quantised
 from saccade.ops.quant import hadamard
 from tests.ops.marks import long_when_interpreted
+from tests.ops.poison import poison
 
 pytest.importorskip("triton")
 
@@ -21,14 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What kernels are given to write holds nan before."""
-    empty = torch.empty
-
-    def filled(*args: object, **kwargs: object) -> Tensor:
-        x = empty(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", filled)
+    poison(monkeypatch)
 
 
 @pytest.fixture

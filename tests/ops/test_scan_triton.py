@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.marks import long_when_interpreted
+from tests.ops.poison import poison
 
 pytest.importorskip("triton")
 
@@ -29,17 +30,9 @@ HALF = [("none", True), ("token", False), ("channel", True)]  # the interpreter 
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write, or reads before it is written, shows as NaN; and the numbers drawn are the same each time."""
+def same_numbers_in_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    empty = torch.empty
-
-    def full_of_nan(*size: Any, **options: Any) -> Tensor:
-        x = empty(*size, **options)
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", full_of_nan)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: full_of_nan(x.shape, dtype=x.dtype, device=x.device, **options))
+    poison(monkeypatch)
 
 
 @pytest.fixture
