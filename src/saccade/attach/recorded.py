@@ -174,6 +174,8 @@ class RecordedSteps:
                 return "rows are run one by one, for padding or for heads that hold different numbers of entries"
             if layer.segments and self._chooses:
                 return "the cache holds sealed entries, and a decode method chooses"
+            if layer.tail.keys.device != ids.device:
+                return f"layers lie on {ids.device} and {layer.tail.keys.device}, and a recording is of one device"
             if LOG_WEIGHT in layer.tail.side:
                 return "entries carry weights"
             if layer.facts is not None and layer.facts.layout.kv_heads != layer.tail.keys.shape[1]:

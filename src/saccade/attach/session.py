@@ -71,7 +71,7 @@ class Session:
             )
             for index in self.managed
         }  # fmt: skip
-        self._graph, self.steps = graph, None if graph is None else self._recorded(graph)
+        self.steps = None if graph is None else self._recorded(graph)  # counts what was replayed, where steps are recorded
         self._cache: weakref.ref[Cache] | None = None
         self._shared: dict[str, Any] = {}
         self._real: Tensor | None = None
