@@ -136,3 +136,12 @@ def places(k, r, outer_k, inner_k, outer_r, inner_r, RUN: tl.constexpr, SEGMENT:
     if EIGHTS == 2:
         at = tl.max_contiguous(at, (1, 8))
     return at
+
+
+@triton.jit
+def tile_of(outer, inner, tiles, parts, KEEP: tl.constexpr, RED: tl.constexpr):
+    """Of a program: its two outer sets, the line of parameters of its inner sets, these, and the values that it works on."""
+    pid = tl.program_id(0)
+    r, o = (pid % parts) * RED + tl.arange(0, RED), pid // parts // tiles
+    k = (pid // parts % tiles) * KEEP + tl.arange(0, KEEP)
+    return (o // outer).to(tl.int64), (o % outer).to(tl.int64), o.to(tl.int64) * inner + k, k, r

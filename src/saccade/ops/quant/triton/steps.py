@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.ops.gpu import ceil_div, next_power_of_two
 from saccade.ops.quant.sets import TILE, Sets
-from saccade.ops.quant.triton.common import EXACT, places, rounded, to_codes, widened
+from saccade.ops.quant.triton.common import EXACT, places, rounded, tile_of, to_codes, widened
 
 
 @triton.jit(do_not_specialize=["outer", "tiles", "parts"])
@@ -20,10 +20,7 @@ def _encode(
     RUN: tl.constexpr, SEGMENT: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, OWN: tl.constexpr, EIGHTS: tl.constexpr,
     KEEP: tl.constexpr, RED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    r, o = (pid % parts) * RED + tl.arange(0, RED), pid // parts // tiles
-    k = (pid // parts % tiles) * KEEP + tl.arange(0, KEEP)
-    first, second, line = (o // outer).to(tl.int64), (o % outer).to(tl.int64), o.to(tl.int64) * inner + k
+    first, second, line, k, r = tile_of(outer, inner, tiles, parts, KEEP, RED)
     inside = (k < inner)[:, None] & (r < length)[None, :]
     at = places(k, r, x_k, x_l, x_r, x_s, RUN, SEGMENT, 0)
     value = widened(tl.load(x + first * x_o + second * x_p + at, mask=inside, other=0.0))
@@ -40,10 +37,7 @@ def _decode(
     RUN: tl.constexpr, SEGMENT: tl.constexpr, MIDDLE: tl.constexpr, ZERO: tl.constexpr, EIGHTS: tl.constexpr,
     KEEP: tl.constexpr, RED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    r, o = (pid % parts) * RED + tl.arange(0, RED), pid // parts // tiles
-    k = (pid // parts % tiles) * KEEP + tl.arange(0, KEEP)
-    first, second, line = (o // outer).to(tl.int64), (o % outer).to(tl.int64), o.to(tl.int64) * inner + k
+    first, second, line, k, r = tile_of(outer, inner, tiles, parts, KEEP, RED)
     inside = (k < inner)[:, None] & (r < length)[None, :]
     at = places(k, r, c_k, c_l, c_r, c_s, RUN, SEGMENT, EIGHTS)
     code = widened(tl.load(codes + first * c_o + second * c_p + at, mask=inside, other=0))
