@@ -81,7 +81,7 @@ def plans_of(method: Method, shape: Shape, s: Settings, model: Any = None) -> di
     """Plans made on `model`, else on a small one of the shape's heads with random weights, which is enough for times."""
     if "calibration" not in method.info.needs:
         return {}
-    model = _model(replace(shape, n=2048), s, hidden=8 * shape.heads) if model is None else model
+    model = random_llama(replace(shape, n=2048), s, hidden=8 * shape.heads) if model is None else model
     ids = torch.randint(3, 64, CALIBRATION, generator=s.generator(), device=s.device)
     return {method.info.slug: calibrate(model, method, [ids[:1], ids[1:]])}
 
@@ -208,7 +208,7 @@ def _torch(layers: Callable[[], Layers], s: Settings) -> list[tuple[str, Callabl
     return [(name, partial(all_layers, backends)) for name, backends in kernels.items() if s.cuda or backends is None]
 
 
-def _model(shape: Shape, s: Settings, hidden: int) -> Any:
+def random_llama(shape: Shape, s: Settings, hidden: int) -> Any:
     from saccade.bench.prefill_cases import random_model
 
     return random_model(shape.prompt, shape.layers, s, hidden=hidden)

@@ -19,7 +19,7 @@ import torch
 
 from saccade.attach import attach
 from saccade.bench.case import Contestant, Field, Run, Settings, Skip, Work
-from saccade.bench.step_cases import LAST, Shape, _model, decoding, plans_of
+from saccade.bench.step_cases import LAST, Shape, decoding, plans_of, random_llama
 from saccade.core import Decode
 from saccade.ops import last_run
 
@@ -30,7 +30,7 @@ def whole_model(spec: str, shape: Shape, s: Settings) -> Field:
     """The contestants of one method over caches of `shape.n` tokens."""
     from transformers import DynamicCache
 
-    model = _model(shape, s, hidden=shape.heads * shape.dim)
+    model = random_llama(shape, s, hidden=shape.heads * shape.dim)
     method = decoding(spec)
     plans = list(plans_of(method, shape, s, model).values())
     phase = "decode" if isinstance(method, Decode) else "cache"

@@ -50,7 +50,8 @@ class Problem:
     def gate(self) -> Gate:
         if self.log_decay is None:
             return "none"
-        return {1: "head", 3: "token", 4: "channel"}[self.log_decay.ndim]  # type: ignore[return-value]
+        gates: dict[int, Gate] = {1: "head", 3: "token", 4: "channel"}
+        return gates[self.log_decay.ndim]
 
     @property
     def sequences(self) -> int:
