@@ -16,10 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 import saccade
 from saccade.attach import Captured, capture
 from saccade.cache.parted import Part, PartedSegment
-from saccade.cache.stores import CodedStore
+from saccade.cache.stores import CodedStore, by_token_over_heads, channel_factor
 from saccade.evaluate.text import grammar
 from saccade.methods.kvcomp.zipcache import ZipCache, in_classes
 from saccade.ops import attend
+from saccade.ops.quant import affine_quantise, dequantise
 from saccade.parts.keep import best_slots
 from saccade.parts.saliency import ProbeQueries, column_mass, drawn, normalised_saliency
 from saccade.train.text import insert_at_lines, needle_question, needle_sentence
@@ -33,6 +34,29 @@ def tokens(batch: int, n: int, seed: int = 1) -> Tensor:
 
 def llama(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return tiny("llama", dtype)
+
+
+def test_channel_separable_values_beat_groups_and_tokens() -> None:
+    """Evidence of the card, on the segment that the method makes: values with outlier channels at 4 bits, mean relative error per
+    channel."""
+    generator = torch.Generator().manual_seed(1)
+    size = torch.randn(512, generator=generator).exp()
+    size[torch.randperm(512, generator=generator)[:8]] *= 15
+    values = torch.randn(1024, 512, generator=generator) * size
+
+    def error(restored: Tensor) -> float:
+        return float(((restored - values).norm(dim=0) / values.norm(dim=0)).mean())
+
+    token = error(dequantise(*affine_quantise(values, 4, -1)))
+    groups = error(dequantise(*affine_quantise(values, 4, -1, group=32)))
+    heads = values.view(1, 1024, 8, 64).transpose(1, 2)
+    positions = {"positions": torch.arange(1024, dtype=torch.int32).expand(1, 8, 1024)}
+    apart = in_classes(heads, heads, positions, torch.zeros(1, 1024), (4,)).read(0, 1024).values
+    together = by_token_over_heads(heads, 4, channel_factor(heads)).read(0, 1024)
+    in_heads, separable = (error(x.transpose(1, 2).reshape(1024, 512)) for x in (apart, together))
+    assert token > 3 * groups > 4.5 * separable
+    assert 0.25 < separable < 0.4
+    assert in_heads < 0.9 * separable, "a head's own range is narrower than that of all heads"
 
 
 @torch.no_grad()
