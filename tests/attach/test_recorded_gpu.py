@@ -68,3 +68,12 @@ def test_generate_with_graphs_writes_dense_tokens() -> None:
     with saccade.attach(owner, graph=SIZE) as handle:
         assert torch.equal(greedy(owner, ids, 40), wanted)
     assert handle.steps is not None and handle.steps.replayed >= 20
+
+
+def test_a_recording_follows_one_that_is_gone() -> None:
+    record = recorded.CudaGraphs(torch.device("cuda"))
+    x = torch.zeros(3, device="cuda")
+    for i in range(3):
+        replay = record(lambda i=i: x + i)
+        assert replay().tolist() == [i] * 3
+        del replay

@@ -12,7 +12,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -37,20 +37,39 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Recordings that take turns in the same memory."""
+    """Recordings on one device that take turns in the same memory.
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    The memory belongs to the graphs that were recorded in it, so the last one stays until the next is there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._place: tuple[Any, Any] | None = None  # the memory and the stream of all recordings
+        self._last: Any = None
 
     def __call__(self, step: Step) -> Step:
-        self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = step()
+        with torch.cuda.device(self.device):
+            if self._place is None:
+                torch.cuda.empty_cache()  # what the allocator keeps at hand is out of reach while a graph is recorded
+                self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            graph, (pool, stream) = torch.cuda.CUDAGraph(), self._place
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                # other threads may use the device meanwhile
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    out = step()
+                except BaseException:
+                    self._place = self._last = None
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        self._last = graph
 
         def replay() -> Any:
-            graph.replay()
+            with torch.cuda.device(self.device):
+                graph.replay()
             return out
 
         return replay
@@ -247,7 +266,7 @@ class _Recording:
         before = {index: (count.computed, count.visible) for index, count in counts.items()}
         held = {index: layer.seen for index, layer in self.layers.items()}
         try:
-            self.replay = (self.owner._recorder or _graphs())(self._run)
+            self.replay = (self.owner._recorder or graphs_on(self.ids.device))(self._run)
         except RuntimeError as error:  # the recording is given up, and the device goes on
             for index, layer in self.layers.items():
                 layer.count(held[index] - layer.seen)
@@ -267,11 +286,7 @@ class _Recording:
             self.owner._runners[index].end_window(layer, queries)
 
 
-_shared: list[CudaGraphs] = []
-
-
-def _graphs() -> CudaGraphs:
-    """One for the process, so that recordings use each other's memory."""
-    if not _shared:
-        _shared.append(CudaGraphs())
-    return _shared[0]
+@functools.cache
+def graphs_on(device: torch.device) -> CudaGraphs:
+    """One for the process, so that the recordings of all models use each other's memory."""
+    return CudaGraphs(device)
