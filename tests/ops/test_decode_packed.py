@@ -7,11 +7,11 @@ import torch
 
 import saccade
 from saccade.ops import decode
-from saccade.ops.decode import Packed, decode_quantised, quantised
+from saccade.ops.decode import Packed, decode_quantised, folded, quantised
 
 
-def packed(g: torch.Generator, n: int, **how: object) -> Packed:
-    return Packed.of(torch.randn(2, 2, n, 16, generator=g), **how)
+def packed(g: torch.Generator, n: int, dim: int = 16, **how: object) -> Packed:
+    return Packed.of(torch.randn(2, 2, n, dim, generator=g), **how)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,41 @@ def test_quantised_decode_is_decode_of_what_is_restored(how: dict[str, object], 
         restored = (x.read(dtype=torch.float64) for x in (keys, values))
         part = decode(q.double(), *restored, lengths=torch.tensor([50, 21]), softcap=3.0, impl="reference")
         assert float((short.out - part.out).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    "key", [{"group": 7}, {"group": 16}, {"group": 99, "symmetric": True}, {"granularity": "token", "group": 8}], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("value", [{"granularity": "token", "group": 18}, {"granularity": "token", "group": 8}, {"group": 12}], ids=str)
+def test_codes_are_multiplied_as_they_are(
+    bits: int, key: dict[str, object], value: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    g = torch.Generator().manual_seed(bits)
+    q, keys, values = torch.randn(2, 6, 3, 18, generator=g), packed(g, 75, 18, bits=bits, **key), packed(g, 75, 18, bits=bits, **value)
+    assert folded.takes(keys) and folded.takes(values)
+    want = decode(q.double(), keys.read(dtype=torch.float64), values.read(dtype=torch.float64), return_lse=True, impl="reference")
+    ends = torch.tensor([0, 41], dtype=torch.int32)
+    restored = (x.read(dtype=torch.float64) for x in (keys, values))
+    part = decode(q.double(), *restored, lengths=ends, softcap=3.0, return_lse=True, impl="reference")
+    with monkeypatch.context() as patch:
+        patch.setattr(Packed, "read_stored", None)  # no number is restored on the way
+        for span, room in ((1 << 20, 1 << 20), (1 << 11, 1 << 20), (1 << 9, 36 * 20)):
+            patch.setattr(folded, "SPAN", span)
+            patch.setattr(folded, "ROOM", room)
+            got = decode_quantised(q, keys, values, return_lse=True)
+            assert float((got.out - want.out).abs().max()) < 5e-6 and float((got.lse - want.lse).abs().max()) < 1e-5
+            short = decode_quantised(q, keys, values, lengths=ends, softcap=3.0, return_lse=True)
+            assert float((short.out - part.out).abs().max()) < 5e-6 and torch.equal(short.lse[0], part.lse[0].float())
+
+
+def test_codes_without_a_scale() -> None:
+    g = torch.Generator().manual_seed(1)
+    q, codes = torch.randn(1, 2, 1, 8, generator=g), torch.randint(0, 256, (1, 1, 30, 4), generator=g).to(torch.uint8)
+    for granularity in ("channel", "token"):
+        x = Packed(codes=codes, bits=4, dim=8, symmetric=True, granularity=granularity, group=8)
+        want = decode(q, x.read(), x.read(), scale=0.02, impl="reference")
+        assert float((decode_quantised(q, x, x, scale=0.02).out - want.out).abs().max()) < 5e-6
 
 
 def test_packed_restores_within_half_a_step_and_keeps_outliers() -> None:

@@ -3,7 +3,7 @@
 from saccade.core.budget import Budget, Mass, Threshold
 from saccade.core.context import EncodedEntries, LayerContext, Phase, Rotary
 from saccade.core.keymajor import KeyMajor
-from saccade.core.layout import HeadLayout, check_attention_inputs
+from saccade.core.layout import HeadLayout, check_attention_inputs, over_groups
 from saccade.core.method import (
     REGISTRY,
     CachePolicy,
@@ -56,6 +56,7 @@ __all__ = [
     "fingerprint",
     "format_spec",
     "merge",
+    "over_groups",
     "parse_spec",
     "register",
     "split_top_level",

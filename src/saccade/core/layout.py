@@ -46,6 +46,12 @@ class HeadLayout:
         return x.unflatten(1, (self.kv_heads, self.group))
 
 
+def over_groups(x: Tensor, y: Tensor) -> Tensor:
+    """x `(B, Hk, group, m, j)` @ y `(B, Hk, j, n)`, `(B, Hk, group, m, n)`: a group's rows go together, where a product that broadcasts
+    would copy y for each of its heads."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> HeadLayout:
     """Validate the shapes, dtypes and devices of an attention call; return its HeadLayout.
 

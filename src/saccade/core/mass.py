@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saccade.core.layout import over_groups
+
 if TYPE_CHECKING:
     from saccade.core.selection import Selection
 
@@ -27,7 +29,7 @@ def covered_mass(selection: Selection, q: Tensor, k: Tensor, scale: float | None
     for begin in range(0, n_q, ROWS):
         rows = torch.arange(begin, min(begin + ROWS, n_q), device=q.device)
         q_rows = q[:, :, rows].float().unflatten(1, (-1, group))
-        logits = (q_rows @ k.float().unsqueeze(2).mT).flatten(1, 2) * factor
+        logits = over_groups(q_rows, k.float().mT).flatten(1, 2) * factor
         if selection.causal:
             logits = logits.masked_fill(keys > (rows + selection.offset)[:, None], -torch.inf)
         seen = (logits > -torch.inf).any(-1)

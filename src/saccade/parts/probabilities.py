@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.core import over_groups
+
 
 def probabilities(
     q: Tensor, k: Tensor, *, scale: float, softcap: float | None = None, valid: Tensor | None = None, behind: int = 0
@@ -18,7 +20,7 @@ def probabilities(
     m, n = q.shape[2], k.shape[2]
     exact = torch.promote_types(k.dtype, torch.float32)
     groups = q.to(exact).unflatten(1, (k.shape[1], -1))
-    logits = (groups @ k.to(exact).unsqueeze(2).mT) * scale
+    logits = over_groups(groups, k.to(exact).mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     slots = torch.arange(n, device=k.device)

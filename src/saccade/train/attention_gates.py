@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from saccade.attach import Session
 from saccade.attach.models import managed_layers
-from saccade.core import Info, LayerContext, Plan, Prefill, Selection, fingerprint
+from saccade.core import Info, LayerContext, Plan, Prefill, Selection, fingerprint, over_groups
 from saccade.methods import build
 from saccade.parts.token_gate import TokenGate
 from saccade.train.gates import Sample, gate_shape, next_sample
@@ -57,14 +57,14 @@ def flagged_attention(q: Tensor, k: Tensor, v: Tensor, flags: Tensor, *, scale: 
     Differentiable in all of them; flags are 0 or 1 in value. Float32 inside (float64 for float64).
     """
     exact, n, heads = torch.promote_types(q.dtype, torch.float32), q.shape[2], k.shape[1]
-    logits = q.to(exact).unflatten(1, (heads, -1)) @ k.to(exact).unsqueeze(2).mT * scale
+    logits = over_groups(q.to(exact).unflatten(1, (heads, -1)), k.to(exact).mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     past = torch.ones(n, n, dtype=torch.bool, device=q.device).tril(-1)
     weight = flags.to(exact)[:, :, None, None, :] * past + torch.eye(n, dtype=exact, device=q.device)
     top = logits.detach().masked_fill(weight.detach() == 0, -torch.inf).amax(-1, keepdim=True)
     weight = weight * (logits - top).clamp(max=FURTHEST).exp()
-    out = weight @ v.to(exact).unsqueeze(2) / weight.sum(-1, keepdim=True)
+    out = over_groups(weight, v.to(exact)) / weight.sum(-1, keepdim=True)
     return out.flatten(1, 2).to(q.dtype)
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from saccade.attach.capture import reading_session
 from saccade.attach.models import managed_layers
-from saccade.core import LayerContext, Plan, fingerprint
+from saccade.core import LayerContext, Plan, fingerprint, over_groups
 from saccade.methods import build
 from saccade.methods.cache.adore import Adore
 from saccade.parts.token_controller import TokenController
@@ -111,7 +111,7 @@ def attention_means(model: PreTrainedModel, ids: Tensor, rows: Tensor) -> Tensor
     later = torch.arange(ids.shape[1], device=ids.device) > rows.unsqueeze(1)
 
     def add(ctx: LayerContext, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        logits = (q[:, :, rows].float().unflatten(1, (k.shape[1], -1)) @ k.float().unsqueeze(2).mT).flatten(1, 2) * ctx.scale
+        logits = over_groups(q[:, :, rows].float().unflatten(1, (k.shape[1], -1)), k.float().mT).flatten(1, 2) * ctx.scale
         if ctx.softcap is not None:
             logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
         total.add_(logits.masked_fill(later, -torch.inf).softmax(-1).mean(1) / ctx.layers)

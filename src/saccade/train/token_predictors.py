@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from saccade.attach import Session
 from saccade.attach.models import managed_layers
-from saccade.core import Info, LayerContext, Plan, Prefill, Selection, fingerprint
+from saccade.core import Info, LayerContext, Plan, Prefill, Selection, fingerprint, over_groups
 from saccade.methods import build
 from saccade.methods.cache.dynamic_llava import DynamicLlava
 from saccade.parts.token_predictor import TokenPredictor
@@ -59,14 +59,14 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: fl
     Differentiable in all of them. The whole map is held, float32 (float64 for float64).
     """
     exact, n, heads = torch.promote_types(q.dtype, torch.float32), q.shape[2], k.shape[1]
-    logits = q.to(exact).unflatten(1, (heads, -1)) @ k.to(exact).unsqueeze(2).mT * scale
+    logits = over_groups(q.to(exact).unflatten(1, (heads, -1)), k.to(exact).mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     past = torch.ones(n, n, dtype=torch.bool, device=q.device).tril(-1)
     own = torch.eye(n, dtype=torch.bool, device=q.device)
     logits = logits.masked_fill(~(past | own), -torch.inf)
     weight = (logits - logits.detach().amax(-1, keepdim=True)).exp() * (keep.to(exact)[:, None, None, None] * past + own)
-    return ((weight @ v.to(exact).unsqueeze(2)) / (weight.sum(-1, keepdim=True) + EPS)).flatten(1, 2).to(q.dtype)
+    return (over_groups(weight, v.to(exact)) / (weight.sum(-1, keepdim=True) + EPS)).flatten(1, 2).to(q.dtype)
 
 
 def masking_session(model: PreTrainedModel, decide: Callable[[Tensor], Tensor], *, layer: int) -> Session:

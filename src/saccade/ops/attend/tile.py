@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.core import Partial
+from saccade.core import Partial, over_groups
 
 
 def attend_tile(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None, bias: Tensor | None,
     return_lse: bool,
 ) -> Partial:  # fmt: skip
-    """q `(P, H, m, D)` over k `(P, H, n, D)`, v `(P, H, n, Dv)`; mask (0 or -inf) and bias broadcast to `(P, H, m, n)`.
+    """q `(P, H, m, D)` over k `(P, H, n, D)`, v `(P, H, n, Dv)`; mask (0 or -inf) and bias broadcast to `(P, H, m, n)`. Or q `(B, Hk,
+    group, m, D)` over k and v with 1 in the place of the group.
 
     Without softcap, bias and log-sum-exp it is torch's fused kernel, which leaves rows with nothing visible undefined. Else such rows
     give 0 and lse -inf: in the kernel that also gives the log-sum-exp where it runs (CPU, no gradients, no half precision), or in plain
@@ -24,7 +25,7 @@ def attend_tile(
     if softcap is None and _fuses(q, k, v, bias):
         return _fused(q, k, v, mask, bias, scale)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = (q.to(exact) @ k.to(exact).mT) * scale
+    logits = _for_groups(q.to(exact), k.to(exact).mT) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
@@ -34,7 +35,11 @@ def attend_tile(
         logits = logits.masked_fill(mask == -torch.inf, -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    return Partial((weights @ v.to(exact)).to(q.dtype), lse)
+    return Partial(_for_groups(weights, v.to(exact)).to(q.dtype), lse)
+
+
+def _for_groups(x: Tensor, y: Tensor) -> Tensor:
+    return over_groups(x, y.squeeze(2)) if x.ndim == 5 and y.shape[2] == 1 else x @ y
 
 
 def cpu_flash(

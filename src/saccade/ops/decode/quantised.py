@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade.core import HeadLayout, Partial, merge
 from saccade.ops.attend.problem import Problem
-from saccade.ops.decode import cpu, reference
+from saccade.ops.decode import cpu, folded, reference
 from saccade.ops.decode.check import check_lengths
 from saccade.ops.decode.packed import Packed
 from saccade.ops.decode.ragged import by_row
@@ -36,7 +36,8 @@ def decode_quantised(
     lengths: `(B,)` int32, the keys of each row that count, the first ones. scale, softcap, return_lse: as in `decode`.
     impl: "triton" reads packed bytes and writes nothing out: codes are multiplied as they are, parameters go to q, to the products and
     to the weights. It takes float16 and bfloat16 queries, 2 to 8 bits, groups of tokens in multiples of 16, up to 4 equal groups of
-    channels for each token. "cpu": plain torch on any device, CHUNK tokens at a time.
+    channels for each token. "cpu": plain torch on any device; 2, 4 and 8 bits are multiplied as they are there, too (see `folded`),
+    others are restored CHUNK tokens at a time.
     "reference": everything dequantised in float32 (float64 for float64 q), then attended.
     Returns Partial as `decode` does. Raises ValueError or TypeError on inputs that don't fit.
     """
@@ -73,6 +74,9 @@ def _in_torch(
     ends = None if lengths is None else lengths.clamp(0, n).tolist()
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     exact = q.to(wide)
+    if ran == "cpu" and folded.takes(keys) and folded.takes(values) and not (torch.is_grad_enabled() and q.requires_grad):
+        out, lse = folded.attend(exact, keys, values, lengths, scale, softcap)
+        return Partial(out.to(q.dtype), lse)
     layout = HeadLayout(query_heads=q.shape[1], kv_heads=keys.codes.shape[1], head_dim=keys.dim, value_dim=values.dim)
     rectangle = (reference if ran == "reference" else cpu).rectangle
     chunk = max(n, 1) if ran == "reference" else CHUNK
