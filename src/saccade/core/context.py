@@ -12,6 +12,7 @@ from torch import Tensor
 from saccade.core.layout import HeadLayout
 from saccade.core.partial import Partial
 from saccade.core.plan import Plan
+from saccade.core.rotary import Rotary
 from saccade.core.selection import Selection
 
 Phase = Literal["prefill", "decode", "cache", "mixer"]
@@ -25,18 +26,6 @@ def _no_partial(q: Tensor, k: Tensor, v: Tensor, selection: Selection | None, **
 
 def _not_counted(pairs: float) -> None:
     """Where nobody keeps count."""
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """How a model turns keys by position: angle of pair i at position p is `p * inv_freq[i]`.
-
-    inv_freq: float32 `(pairs,)`; channel i is paired with channel i + pairs ("half" layout), or 2i with 2i + 1 (`interleaved`).
-    Channels after the first 2 * pairs carry no position.
-    """
-
-    inv_freq: Tensor
-    interleaved: bool = False
 
 
 class EncodedEntries(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.core import Rotary
+from saccade.core import Rotary, rotate
 
 
 def turn(x: Tensor, shift: Tensor | int, rotary: Rotary) -> Tensor:
@@ -23,8 +23,4 @@ def turn(x: Tensor, shift: Tensor | int, rotary: Rotary) -> Tensor:
     steps = torch.as_tensor(shift, device=x.device).to(torch.float64)
     angles = steps.unsqueeze(-1) * rotary.inv_freq.to(x.device, torch.float64)
     cos, sin = angles.cos().to(exact), angles.sin().to(exact)
-    turned, rest = x[..., : 2 * pairs].to(exact), x[..., 2 * pairs :]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if rotary.interleaved else (turned[..., :pairs], turned[..., pairs:])
-    first, second = a * cos - b * sin, b * cos + a * sin
-    both = torch.stack([first, second], -1).flatten(-2) if rotary.interleaved else torch.cat([first, second], -1)
-    return torch.cat([both.to(x.dtype), rest], dim=-1)
+    return rotate(x.to(exact), cos, sin, interleaved=rotary.interleaved).to(x.dtype)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.core import Partial, Rotary, Selection, merge
+from saccade.core import Partial, Rotary, Selection, merge, rotate
 from saccade.ops.attend.tile import attend_tile
 from saccade.ops.decode.check import check_selection
 from saccade.ops.gpu import require_triton, runs_on
@@ -69,11 +69,7 @@ class LowRankKeys:
         else:
             assert t.cos is not None and t.sin is not None
             cos, sin = pick(t.cos).to(exact), pick(t.sin).to(exact)
-        turned, rest = keys[..., : 2 * t.pairs], keys[..., 2 * t.pairs :]
-        a, b = (turned[..., 0::2], turned[..., 1::2]) if t.interleaved else turned.split(t.pairs, -1)
-        first, second = a * cos - b * sin, b * cos + a * sin
-        both = torch.stack([first, second], -1).flatten(-2) if t.interleaved else torch.cat([first, second], -1)
-        return torch.cat([both, rest.expand(*both.shape[:-1], -1)], -1)
+        return rotate(keys, cos, sin, interleaved=t.interleaved)
 
 
 def decode_low_rank(
