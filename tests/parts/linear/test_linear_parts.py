@@ -217,6 +217,19 @@ def test_a_short_convolution_is_causal_and_goes_on_from_its_tail(width: int):
         ShortConv(6, 0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([1, 0])])
+def test_a_convolution_of_several_is_that_of_all_together(bias: bool, n: int, lengths: Tensor | None):
+    conv, tail = ShortConv(9, 4, bias=bias).double(), rand(2, 3, 9)
+    x = rand(2, n, 9, seed=1)
+    for before in (None, tail):
+        y, after = conv(x, before, lengths)
+        parts, own = conv.each(x.split([4, 2, 3], -1), before, lengths)
+        assert [part.shape[2] for part in parts] == [4, 2, 3]
+        assert (torch.cat(parts, -1) - y).abs().max() < 1e-12 and torch.equal(own, after)
+
+
 def test_last_tokens_of_rows_of_different_lengths():
     before, new = torch.arange(3.0).view(1, 3, 1).repeat(3, 1, 1), torch.arange(3.0, 7.0).view(1, 4, 1).repeat(3, 1, 1)
     assert last_tokens(before, new, None)[0, :, 0].tolist() == [4, 5, 6]

@@ -76,6 +76,5 @@ class LawcatMixer(Recurrent):
             self.qk_conv.weight.zero_()[:, -1] = 1.0
 
     def project(self, x: Tensor, past: Mapping[str, Any], call: Call) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        both, tail = self.qk_conv(torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), past.get("conv"), call.lengths)
-        q, k = both.split(self.widths[:2], dim=-1)
+        (q, k), tail = self.qk_conv.each((self.q_proj(x), self.k_proj(x)), past.get("conv"), call.lengths)
         return heads_first(q, self.heads), heads_first(k, self.kv_heads), heads_first(self.v_proj(x), self.kv_heads), {"conv": tail}

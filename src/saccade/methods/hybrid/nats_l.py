@@ -132,8 +132,7 @@ class NatsLMixer(TokenMixer):
 
     def pieces(self, x: Tensor, tail: Tensor | None) -> tuple[Pieces, Tensor]:
         """What the operators take, and the new tail of the convolution."""
-        joined, after = self.conv(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), tail)
-        q, k, v = joined.split(self.widths, dim=-1)
+        (q, k, v), after = self.conv.each((self.q_proj(x), self.k_proj(x), self.v_proj(x)), tail)
         s, log_decay = self.method.split, self.gate(x, k, None, self.whole(x)).log_decay
         assert log_decay is not None
         q_1, k_1 = (F.normalize(heads_first(one, h), dim=-1, eps=1e-6) for one, h in ((q, self.heads), (k, self.kv_heads)))

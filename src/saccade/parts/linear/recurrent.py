@@ -89,8 +89,7 @@ class Recurrent(TokenMixer):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         kept: dict[str, Tensor] = {}
         if self.conv is not None:
-            joined, kept["conv"] = self.conv(torch.cat([q, k, v], dim=-1), past.get("conv"), call.lengths)
-            q, k, v = joined.split(self.widths, dim=-1)
+            (q, k, v), kept["conv"] = self.conv.each((q, k, v), past.get("conv"), call.lengths)
         return heads_first(q, self.heads), heads_first(k, self.kv_heads), heads_first(v, self.kv_heads), kept
 
     def features(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:

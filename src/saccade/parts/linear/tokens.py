@@ -14,8 +14,12 @@ def last_tokens(before: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
     w = before.shape[1]
     if lengths is None and new.shape[1] >= w:
         return new[:, new.shape[1] - w :].clone()
-    joined = torch.cat([before, new], dim=1)
     if lengths is None:
-        return joined[:, joined.shape[1] - w :].clone()
-    index = lengths[:, None] + torch.arange(w, device=new.device)
-    return joined.gather(1, index.reshape(*index.shape, *(1,) * (new.ndim - 2)).expand(-1, -1, *new.shape[2:]))
+        return torch.cat([before[:, new.shape[1] :], new], dim=1)
+    if not new.shape[1] or not w:
+        return before.clone()
+    # where each is in `new`; those in front of it are in `before`
+    place = (lengths[:, None] - w + torch.arange(w, device=new.device)).view(-1, w, *(1,) * (new.ndim - 2))
+    shape = (-1, -1, *new.shape[2:])
+    old = before.gather(1, (place + w).clamp(max=w - 1).expand(shape))
+    return torch.where(place < 0, old, new.gather(1, place.clamp(min=0).expand(shape)))
