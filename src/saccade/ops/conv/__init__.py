@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.ops.conv import conv1d, reference
 from saccade.ops.gpu import require_triton, runs_on
 from saccade.ops.record import LastRun, note
+from saccade.ops.routes import unwatched
 
 Impl = Literal["auto", "reference", "conv1d", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "conv1d", "triton")
@@ -67,7 +68,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, si
 
         why_not = kernels.refusal(x, weight, bias)
         if why_not is None:
-            return "triton", (kernels.one_token if one else kernels.short_conv)(x, weight, bias, tail, silu)
+            return "triton", kernels.short_conv(x, weight, bias, tail, silu)
         if impl == "triton":
             raise ValueError(why_not)
     if one:
@@ -77,9 +78,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, si
 
 def _unseen(*given: Tensor | None) -> bool:
     """Whether neither gradients nor a tracer want to see what is done with these tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given))
+    return unwatched(*given) and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, activation: str | None) -> None:

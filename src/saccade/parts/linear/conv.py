@@ -37,13 +37,12 @@ class ShortConv(nn.Module):
         not put together for it, single tokens are: fewer operations are quicker there."""
         widths = [x.shape[2] for x in xs]
         if xs[0].shape[1] == 1:
-            y, tail = self(torch.cat(list(xs), dim=-1), tail, lengths)
-            return list(y.split(widths, dim=-1)), tail
-        weights, biases, tails = (
-            [None] * len(xs) if given is None else given.split(widths, axis)
-            for given, axis in ((self.weight, 0), (self.bias, 0), (tail, -1))
+            y, after = self(torch.cat(list(xs), dim=-1), tail, lengths)
+            return list(y.split(widths, dim=-1)), after
+        biases, tails = (
+            [None] * len(xs) if given is None else given.split(widths, axis) for given, axis in ((self.bias, 0), (tail, -1))
         )
-        found = [self._run(*own, lengths) for own in zip(xs, weights, biases, tails, strict=True)]
+        found = [self._run(*own, lengths) for own in zip(xs, self.weight.split(widths), biases, tails, strict=True)]
         return [y for y, _ in found], torch.cat([after for _, after in found], dim=-1)
 
     def _run(

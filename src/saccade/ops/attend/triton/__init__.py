@@ -1,7 +1,7 @@
 """Triton kernels for `attend` as a torch operator: any Selection, forward and backward.
 
 `saccade::attend` and `saccade::attend_backward` are opaque to torch.compile, with shapes known from their fake forms; nothing in them
-waits for the GPU, so they can be captured in a CUDA graph.
+waits for the GPU, so they can be captured in a CUDA graph. Plain calls run what is in them (see `routes`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from saccade.ops.attend.problem import Problem
 from saccade.ops.attend.triton.extras import Extras
 from saccade.ops.attend.triton.launch import Lists, forward, lists_of
 from saccade.ops.attend.triton.launch_backward import backward
+from saccade.ops.routes import routed
 
 __all__ = ["attend", "refuses"]
 
@@ -45,7 +46,7 @@ def attend(problem: Problem) -> Partial:
     lists = None if problem.selection is None else lists_of(problem.selection)
     parts = (None,) * 5 + (1, 1, True) if lists is None else tuple(lists)
     extras = _extras(problem)
-    out, lse = _attend(
+    out, lse = _run(
         q, k, v, *parts, problem.bias, *extras, problem.causal and not extras.masks, problem.scale, problem.softcap or 0.0,
         problem.return_lse or problem.wants_grad,
     )  # fmt: skip
@@ -72,8 +73,7 @@ def _lists(
     return Lists(starts, start_counts, tokens, token_counts, log_weight, block_q, block_k, aligned)
 
 
-@torch.library.custom_op("saccade::attend", mutates_args=())
-def _attend(
+def _plain(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, start_counts: Tensor | None, tokens: Tensor | None,
     token_counts: Tensor | None, log_weight: Tensor | None, block_q: int, block_k: int, aligned: bool, bias: Tensor | None,
     lo: Tensor | None, hi: Tensor | None, q_positions: Tensor | None, k_positions: Tensor | None, sinks: Tensor | None,
@@ -85,13 +85,15 @@ def _attend(
     )  # fmt: skip
 
 
+_attend = torch.library.custom_op("saccade::attend", mutates_args=())(_plain)
+
+
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3] if others[-1] else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("saccade::attend_backward", mutates_args=())
-def _attend_backward(
+def _plain_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
     starts: Tensor | None, start_counts: Tensor | None, tokens: Tensor | None, token_counts: Tensor | None, log_weight: Tensor | None,
     lo: Tensor | None, hi: Tensor | None, q_positions: Tensor | None, k_positions: Tensor | None, sinks: Tensor | None,
@@ -102,6 +104,10 @@ def _attend_backward(
         q, k, v, out, lse, d_out, d_lse, _lists(starts, start_counts, tokens, token_counts, log_weight, block_q, block_k, aligned),
         causal=causal, scale=scale, softcap=softcap, extras=Extras(lo, hi, q_positions, k_positions, sinks, a, b), rank_grad=rank_grad,
     )  # fmt: skip
+
+
+_attend_backward = torch.library.custom_op("saccade::attend_backward", mutates_args=())(_plain_backward)
+_run_backward = routed(_attend_backward, _plain_backward)
 
 
 @_attend_backward.register_fake
@@ -121,13 +127,15 @@ def _save(ctx, inputs, output) -> None:
     ctx.numbers = (*inputs[8:11], *inputs[19:22])
 
 
-def _gradients(ctx, d_out: Tensor, d_lse: Tensor | None):
+def _gradients(ctx, d_out: Tensor | None, d_lse: Tensor | None):
     q, k, v, out, lse, *others = ctx.saved_tensors
     sinks, a, b = others[-3:]
     rank_grad = any(ctx.needs_input_grad[17:19])
-    d_q, d_k, d_v, d_sinks, d_a, d_b = _attend_backward(q, k, v, out, lse, d_out, d_lse, *others, *ctx.numbers, rank_grad)
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_q, d_k, d_v, d_sinks, d_a, d_b = _run_backward(q, k, v, out, lse, d_out, d_lse, *others, *ctx.numbers, rank_grad)
     ranks = (d_a.sum_to_size(a.shape).to(a.dtype), d_b.sum_to_size(b.shape).to(b.dtype)) if rank_grad else (None, None)
     return (d_q, d_k, d_v, *(None,) * 13, None if sinks is None else d_sinks, *ranks, *(None,) * 4)
 
 
 _attend.register_autograd(_gradients, setup_context=_save)
+_run = routed(_attend, _plain, _save, _gradients)

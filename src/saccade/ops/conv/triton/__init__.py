@@ -10,12 +10,11 @@ from torch import Tensor
 from saccade.ops.conv.triton.launch import WIDEST
 from saccade.ops.conv.triton.launch import backward as _backward
 from saccade.ops.conv.triton.launch import forward as _forward
+from saccade.ops.routes import routed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-__all__ = ["one_token", "refusal", "short_conv"]
-
-one_token = _forward  # without the op around it, which costs more than the kernel does there
+__all__ = ["refusal", "short_conv"]
 
 
 def refusal(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -28,19 +27,15 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-@torch.library.custom_op("saccade::short_conv", mutates_args=())
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool) -> Tensor:
-    """y of `saccade.ops.conv.short_conv`; tail in the dtype of x."""
-    return _forward(x, weight, bias, tail, silu)
+_op = torch.library.custom_op("saccade::short_conv", mutates_args=())(_forward)
 
 
-@short_conv.register_fake
+@_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("saccade::short_conv_backward", mutates_args=())
-def short_conv_backward(
+def _plain_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool, weights_grad: bool, tail_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dtail); those that are not asked for, or of what is not there, are empty."""
@@ -49,7 +44,11 @@ def short_conv_backward(
     return dx, dweight, dbias, dtail
 
 
-@short_conv_backward.register_fake
+_op_backward = torch.library.custom_op("saccade::short_conv_backward", mutates_args=())(_plain_backward)
+_run_backward = routed(_op_backward, _plain_backward)
+
+
+@_op_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, silu: bool, weights_grad: bool, tail_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,8 +66,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight, bias, tail = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    found = short_conv_backward(dy, x, weight, bias, tail, ctx.silu, needs[1] or needs[2], needs[3])
+    found = _run_backward(dy, x, weight, bias, tail, ctx.silu, needs[1] or needs[2], needs[3])
     return (*(grad if need else None for grad, need in zip(found, needs, strict=False)), None)
 
 
-short_conv.register_autograd(_gradients, setup_context=_keep)
+_op.register_autograd(_gradients, setup_context=_keep)
+short_conv = routed(_op, _forward, _keep, _gradients)  # y of `saccade.ops.conv.short_conv`; tail in the dtype of x

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.routes import routed
 from saccade.ops.scan.problem import Problem
 from saccade.ops.scan.triton.adjoint import backward as _adjoint
 from saccade.ops.scan.triton.backward import backward as _backward
@@ -35,17 +36,19 @@ def refusal(problem: Problem) -> str | None:
 def scan(problem: Problem) -> tuple[str, tuple[Tensor, Tensor]]:
     """(what runs, (out, state))."""
     p = problem
-    return "triton", scan_triton(p.q, p.k, p.v, p.log_decay, p.beta, p.state, p.cu_seqlens, p.scale, p.wide_out)
+    return "triton", _run(p.q, p.k, p.v, p.log_decay, p.beta, p.state, p.cu_seqlens, p.scale, p.wide_out)
 
 
-@torch.library.custom_op("saccade::scan_triton", mutates_args=())
-def scan_triton(
+def _plain(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, wide_out: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, state) of `scan`; out is float32 with wide_out, else in the dtype of q."""
     state = None if state is None else state.float().contiguous()
     return _forward(q, k, v, log_decay, beta, state, cu_seqlens, scale, torch.float32 if wide_out else q.dtype)
+
+
+scan_triton = torch.library.custom_op("saccade::scan_triton", mutates_args=())(_plain)
 
 
 @scan_triton.register_fake
@@ -59,8 +62,7 @@ def _(
     return out, q.new_empty((sequences, heads, q.shape[3], v.shape[3]), dtype=torch.float32)
 
 
-@torch.library.custom_op("saccade::scan_triton_backward", mutates_args=())
-def scan_triton_backward(
+def _plain_backward(
     dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
     state: Tensor | None, cu_seqlens: Tensor | None, scale: float, gate_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -72,6 +74,10 @@ def scan_triton_backward(
     else:
         dq, dk, dv, dg, dbeta, first = _adjoint(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, scale, gate_grad)
     return dq, dk, dv, q.new_empty(0) if dg is None else dg, q.new_empty(0) if dbeta is None else dbeta, first
+
+
+scan_triton_backward = torch.library.custom_op("saccade::scan_triton_backward", mutates_args=())(_plain_backward)
+_run_backward = routed(scan_triton_backward, _plain_backward)
 
 
 @scan_triton_backward.register_fake
@@ -98,9 +104,10 @@ def _gradients(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[An
     if dout is None:
         heads = max(q.shape[1], k.shape[1], v.shape[1])
         dout = q.new_zeros((q.shape[0], heads, q.shape[2], v.shape[3]))
-    found = scan_triton_backward(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, ctx.scale, needs[3])
+    found = _run_backward(dout, dstate, q, k, v, log_decay, beta, state, cu_seqlens, ctx.scale, needs[3])
     grads = (*found[:5], found[5] if state is None else found[5].to(state.dtype))
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=False)), None, None, None)
 
 
 scan_triton.register_autograd(_gradients, setup_context=_keep)
+_run = routed(scan_triton, _plain, _keep, _gradients)
