@@ -17,6 +17,7 @@ Everything else (caps, biases, single keys, other tiles and devices) is the port
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -343,6 +344,21 @@ def takes_codes(v: Tensor, lists: Lists | None, keys: int, dim: int) -> bool:
     return takes(v, v, v, lists, 1.0)
 
 
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
+
+
+@functools.cache  # worked out in Python, at a tenth of what a short call costs the host
+def _swizzled(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, dim], ELEMENTS[dtype])
+
+
+def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of tiles of `rows` rows of x `(B, H, N, D)`, which `rows_layout` takes."""
+    layout, dim = rows_layout(x, x.shape[3]), x.shape[3]
+    assert layout is not None
+    return TensorDescriptor(x, *layout, [rows, dim], _swizzled(rows, dim, x.dtype))
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, strides: tuple[int, ...], *, causal: bool, scale: float, out: Tensor, lse: Tensor,
     codes: Codes | None = None,
@@ -352,13 +368,6 @@ def forward(
     With codes q and k give the shapes alone, and `scale` is not used.
     """
     batch, heads, n_q, dim = q.shape
-    elements = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
-
-    def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-        layout = rows_layout(x, dim)
-        assert layout is not None
-        return TensorDescriptor(x, *layout, [rows, dim], gl.NVMMASharedLayout.get_default_for([rows, dim], elements[x.dtype]))
-
     list_heads = 1 if lists is None else max(lists.starts.shape[1], lists.tokens.shape[1])
     fits = RINGS if lists is None else [ring for ring in RINGS if lists.block_k % ring[0] == 0]
     keys, stages = next(ring for ring in fits if codes is None or ring[0] == codes.keys)
@@ -367,7 +376,7 @@ def forward(
     read_q, read_k = (q, k) if codes is None else (codes.q, codes.k)
     together = group * cached_together(batch * k.shape[1], n_k * dim * (read_k.element_size() + v.element_size()))
     hopper_kernel[(min(multiprocessors(q), work),)](
-        descriptor(read_q, BLOCK_M // 2), descriptor(read_k, keys), descriptor(v, keys), out, lse,
+        tiles_of(read_q, BLOCK_M // 2), tiles_of(read_k, keys), tiles_of(v, keys), out, lse,
         q if lists is None else lists.starts, q if lists is None else lists.start_counts,
         lse if codes is None else codes.q_steps, lse if codes is None else codes.k_steps, scale * LOG2E, n_q, n_k,
         *read_q.stride()[:3], *read_k.stride()[:3], *v.stride()[:3], *strides[:5], heads, group, heads // list_heads, tiles, together, work,

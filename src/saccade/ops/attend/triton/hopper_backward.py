@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from saccade.ops.attend.triton.hopper import BLOCK_M, WARPS, cached_together
+from saccade.ops.attend.triton.hopper import BLOCK_M, WARPS, cached_together, tiles_of
 from saccade.ops.attend.triton.hopper_backward_k import key_major_kernel
 from saccade.ops.attend.triton.hopper_backward_q import query_major_kernel
 from saccade.ops.attend.triton.launch import Lists, rows_layout
@@ -46,23 +44,16 @@ def backward(
     batch, heads, n_q, dim = q.shape
     kv_heads, n_k = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-
-    def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-        layout = rows_layout(x, dim)
-        assert layout is not None
-        return TensorDescriptor(x, *layout, [rows, dim], gl.NVMMASharedLayout.get_default_for([rows, dim], element))
-
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     list_heads = 1 if lists is None else max(lists.starts.shape[1], lists.tokens.shape[1])
     tiles = ceil_div(n_q, BLOCK_M)
     work = tiles * batch * heads
     together = group * cached_together(batch * kv_heads, n_k * dim * 2 * k.element_size())
-    halves = [descriptor(x, HALF) for x in (q, d_out, k, v)]
+    halves = [tiles_of(x, HALF) for x in (q, d_out, k, v)]
     steps = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shared = {"D": dim, "CAUSAL": causal, "LISTED": lists is not None, "MORE": CONSUMER_REGISTERS, "FEW": PRODUCER_REGISTERS}
     query_major_kernel[(min(multiprocessors(q), work),)](
-        *halves[:2], descriptor(k, KEYS), descriptor(v, KEYS), dq, lse2, delta,
+        *halves[:2], tiles_of(k, KEYS), tiles_of(v, KEYS), dq, lse2, delta,
         q if lists is None else lists.starts, q if lists is None else lists.start_counts, scale, n_q, n_k, *steps, *strides[:5],
         heads, group, heads // list_heads, tiles, together, work,
         STAGES=SLOTS_K, INNER=1 if lists is None else lists.block_k // KEYS, num_warps=WARPS, **shared,

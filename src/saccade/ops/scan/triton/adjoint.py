@@ -7,7 +7,6 @@ chunk ends on its own: `pairs`, and `tokens` or `levels`.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def _states(w: Walk, dout: Tensor, end: Tensor | None, dtype: torch.dtype, c: Co
     rows, cols, vals = even(w.rows), even(w.cols), even(w.vals)
     batch, n, d, dv = rows.shape[0], rows.shape[2], rows.shape[3], vals.shape[3]
     is_delta, packed = w.w is not None, w.cu_seqlens is not None
-    bd, bv, blocks, segments = tiles(w, replace(c, columns=c.back_columns, programs=c.back_programs))
+    bd, bv, blocks, segments = tiles(w, c.back)
     place = (cut(n, batch, c.chunk, w.cu_seqlens).slots, w.heads, d, dv)
     states, ends = (torch.empty(place, dtype=rows.dtype, device=rows.device) for _ in range(2))
     maps = segment_starts(w, c, segments, both=True) if segments.split else None

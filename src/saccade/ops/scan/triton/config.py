@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -56,7 +57,13 @@ class Config:
     near_stages: int = 1
     near_registers: int | None = None
 
+    @cached_property
+    def back(self) -> Config:
+        """The same for the walks that keep states for the backward pass."""
+        return replace(self, columns=self.back_columns, programs=self.back_programs)
 
+
+@cache  # a host that makes them anew spends a sixth of its time on it
 def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -> Config:
     """The table: made for sm_90; float32 takes narrow tiles, as its products run on the plain units, exactly."""
     wide = max(next_power_of_two(d), 16)
