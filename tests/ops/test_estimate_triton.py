@@ -224,9 +224,9 @@ def test_what_the_kernels_cannot_take_is_refused_and_auto_goes_elsewhere() -> No
     with pytest.raises(ValueError, match="head dims up to 256"):
         estimate.row_sums(torch.zeros(1, 1, 2, 300, device=DEVICE), torch.zeros(1, 1, 2, 300, device=DEVICE), impl="triton")
     estimate.tile_maxima(q, k, 12, 16)
-    assert estimate.last_estimate().impl == "reference"
+    assert estimate.last_estimate().impl == ("cpu" if DEVICE == "cpu" else "reference")
     estimate.tile_maxima(q, k, 16, 16)
-    assert estimate.last_estimate().impl == ("triton" if DEVICE == "cuda" else "reference")
+    assert estimate.last_estimate().impl == ("triton" if DEVICE == "cuda" else "cpu")
 
 
 def test_empty_tensors() -> None:

@@ -10,8 +10,11 @@ from saccade.parts.antidiagonal import antidiagonal_mass
 
 
 @pytest.mark.parametrize("rows", [1, 1 << 22])
-def test_each_reduced_logit_is_a_mean_over_an_antidiagonal(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_each_reduced_logit_is_a_mean_over_an_antidiagonal(monkeypatch: pytest.MonkeyPatch, rows: int, on_cpu: bool) -> None:
     monkeypatch.setattr(antidiagonal, "ROWS", rows)
+    monkeypatch.setattr(antidiagonal.cpu, "HELD", rows)
+    monkeypatch.setattr(antidiagonal, "_on_cpu", lambda x: on_cpu)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 30, 8, generator=generator, dtype=torch.float64)
     k = torch.randn(2, 2, 40, 8, generator=generator, dtype=torch.float64)

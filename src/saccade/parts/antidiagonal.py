@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saccade.ops.estimate import TileGrid, cpu
 from saccade.ops.estimate.reference import products
 
 ROWS = 1 << 22  # entries of the reduced map held at a time
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def antidiagonal_mass(q: Tensor, k: Tensor, block: int, stride: int, seen: Tensor, *, scale: float) -> Tensor:
@@ -25,6 +30,9 @@ def antidiagonal_mass(q: Tensor, k: Tensor, block: int, stride: int, seen: Tenso
     a, b = (pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, stride)) for x in (q, k))
     # the r-th query of a square meets its r-th key from the end
     a, b = a.flatten(3), b.flip(3).flatten(3)
+    if _on_cpu(q):
+        grid = TileGrid(n_q=a.shape[2], n_k=b.shape[2], block_q=per_tile, block_k=per_tile, causal=False)
+        return cpu.pooled_probabilities(a, b, grid, offset=0, scale=scale / stride, softcap=0.0, total=True, seen=seen) / per_tile
     tiles = seen.shape[0]
     together = max(1, ROWS // max(1, per_tile * b.shape[2] * q.shape[0] * q.shape[1]))
     found = []

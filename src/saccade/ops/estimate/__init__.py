@@ -12,8 +12,8 @@
 
 Shapes: q `(B, Hq, Nq, D)`, k `(B, Hk, Nk, D)`, Hk dividing Hq, keys never repeated; tile scores `(B, H, Tq, Tk)` with
 `Tq = ceil(Nq / block_q)` and `Tk = ceil(Nk / block_k)`. Causal masks are aligned at the end. No function ever holds an Nq x Nk map.
-impl: "reference" (plain torch, the oracle), "triton", or "auto": Triton on CUDA tensors that it supports, else the reference;
-`last_estimate()` says which. Nothing here has a gradient.
+impl: "reference" (plain torch, the oracle), "triton", or "auto": Triton on CUDA tensors that it supports, on a CPU what is made for one
+where there is such, else the reference. `last_estimate()` says which. Nothing here has a gradient.
 """
 
 from __future__ import annotations

@@ -98,6 +98,11 @@ def last_estimate() -> LastRun:
     return run
 
 
+def in_torch(impl: str, x: Tensor) -> str:
+    """Which of the two in plain torch runs where the kernels don't: what is made for CPUs, or "reference"."""
+    return "cpu" if impl == "auto" and x.device.type == "cpu" else "reference"
+
+
 def use_triton(op: str, impl: str, x: Tensor, unsupported: str | None = None) -> bool:
     """Whether the kernels run. unsupported: why they can't, which `auto` accepts and `triton` refuses."""
     if impl not in IMPLEMENTATIONS:

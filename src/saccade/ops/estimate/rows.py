@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saccade.core import check_attention_inputs
-from saccade.ops.estimate import reference
-from saccade.ops.estimate.common import Impl, check_scale, check_softcap, kernel_limits, note, rows_first, use_triton
+from saccade.ops.estimate import cpu, reference
+from saccade.ops.estimate.common import Impl, check_scale, check_softcap, in_torch, kernel_limits, note, rows_first, use_triton
 
 
 class RowSums(NamedTuple):
@@ -45,8 +45,8 @@ def row_sums(
     if diagonals and (given is not None or not causal):
         raise ValueError("row_sums: diagonals need consecutive causal rows: pass the position of the first one as an int")
     scale, cap = check_scale("row_sums", scale, q.shape[-1]), check_softcap("row_sums", softcap)
-    fast = use_triton("row_sums", impl, q, kernel_limits(q))
-    note("row_sums", "triton" if fast else "reference", q, m, n)
+    fast, plain = use_triton("row_sums", impl, q, kernel_limits(q)), in_torch(impl, q)
+    note("row_sums", "triton" if fast else plain, q, m, n)
     if fast and q.numel() and k.numel():
         from saccade.ops.estimate.triton import lse as lse_kernels
         from saccade.ops.estimate.triton import rows
@@ -60,4 +60,4 @@ def row_sums(
         limits = torch.full((m,), n, device=q.device)
     else:
         limits = given + 1 if given is not None else torch.arange(m, device=q.device) + int(first) + 1
-    return RowSums(*reference.row_sums(q, k, limits, int(first) if diagonals else None, scale, cap))
+    return RowSums(*(cpu if plain == "cpu" else reference).row_sums(q, k, limits, int(first) if diagonals else None, scale, cap))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import check_attention_inputs
-from saccade.ops.estimate import reference
+from saccade.ops.estimate import cpu, reference
 from saccade.ops.estimate.common import (
     Impl,
     TileGrid,
@@ -17,6 +17,7 @@ from saccade.ops.estimate.common import (
     check_scale,
     check_softcap,
     exact,
+    in_torch,
     is_power_of_two,
     kernel_limits,
     note,
@@ -56,10 +57,10 @@ def tile_maxima(
     unsupported = _unsupported(q, block_q, block_k)
     if bits is not None and unsupported is None and (not is_power_of_two(group) or group > 64):
         unsupported = f"the kernel shares a step among 1, 2, 4 ... 64 tokens, not {group}"
-    fast = use_triton("tile_maxima", impl, q, unsupported)
-    note("tile_maxima", "triton" if fast else "reference", q, grid.n_q, grid.n_k)
+    fast, plain = use_triton("tile_maxima", impl, q, unsupported), in_torch(impl, q)
+    note("tile_maxima", "triton" if fast else plain, q, grid.n_q, grid.n_k)
     if not fast or not q.numel() or not k.numel():
-        found = reference.tile_reduce(
+        found = (cpu if plain == "cpu" else reference).tile_reduce(
             q, k, grid, offset=grid.offset, scale=scale, softcap=cap, relative_to=relative_to, total=False, bits=bits, group=group,
             smooth=smooth,
         )  # fmt: skip
@@ -119,8 +120,10 @@ def pooled_probabilities(
     offset = (k.shape[2] - q.shape[2]) // stride
     q, k, block_q, block_k = q[:, :, ::stride], k[:, :, ::stride], block_q // stride, block_k // stride
     grid = TileGrid.of(q, k, block_q, block_k, causal)
-    fast = use_triton("pooled_probabilities", impl, q, _unsupported(q, block_q, block_k))
-    note("pooled_probabilities", "triton" if fast else "reference", q, grid.n_q, grid.n_k)
+    fast, plain = use_triton("pooled_probabilities", impl, q, _unsupported(q, block_q, block_k)), in_torch(impl, q)
+    note("pooled_probabilities", "triton" if fast else plain, q, grid.n_q, grid.n_k)
+    if not fast and plain == "cpu":
+        return cpu.pooled_probabilities(q, k, grid, offset=offset, scale=scale, softcap=cap, total=reduce == "sum")
     if not fast or not q.numel() or not k.numel():
         limits = torch.arange(grid.n_q, device=q.device) + offset + 1 if causal else torch.full((grid.n_q,), grid.n_k, device=q.device)
         lse = _finite(reference.row_lse(q, k, limits, scale, cap))

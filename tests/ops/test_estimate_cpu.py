@@ -1,0 +1,88 @@
+"""What the CPU runs gives what the reference gives, however the rows are cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saccade.ops.estimate import cpu, last_estimate, pooled_probabilities, row_sums, tile_maxima
+
+SHAPES = [(90, 90), (37, 90), (90, 37), (1, 64), (64, 1)]  # queries, keys
+
+
+def inputs(n_q: int, n_k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(n_q + n_k)
+    return torch.randn(2, 6, n_q, 8, generator=g).to(dtype), torch.randn(2, 2, n_k, 8, generator=g).to(dtype)
+
+
+def same(got: Tensor | None, want: Tensor | None, at_most: float = 1e-11) -> None:
+    assert (got is None) == (want is None)
+    if got is not None and want is not None:
+        assert got.shape == want.shape and got.dtype == want.dtype
+        assert torch.equal(got.isinf(), want.isinf())
+        assert float((got - want).nan_to_num(0.0, 0.0, 0.0).abs().max()) < at_most if got.numel() else True
+
+
+@pytest.fixture(params=[1 << 20, 700], ids=["together", "in pieces"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "HELD", request.param)
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {}, {"causal": False}, {"softcap": 2.0}, {"bits": 4}, {"bits": 8, "smooth": False, "group": 4}, {"bits": 4, "softcap": 1.5},
+        {"relative": True}, {"bits": 4, "relative": True, "group": 2}, {"bits": 4, "softcap": 1.5, "relative": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tile_maxima(shape: tuple[int, int], how: dict[str, Any]) -> None:
+    q, k = inputs(*shape)
+    options = {name: value for name, value in how.items() if name != "relative"}
+    if how.get("relative"):
+        options["relative_to"] = torch.randn(2, 6, shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    got = tile_maxima(q, k, 16, 8, scale=0.3, **options)
+    assert last_estimate().impl == "cpu"
+    same(got, tile_maxima(q, k, 16, 8, scale=0.3, impl="reference", **options))
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("how", [{}, {"causal": False}, {"softcap": 2.0}, {"stride": 4}, {"stride": 2, "causal": False}], ids=str)
+def test_pooled_probabilities(shape: tuple[int, int], reduce: Any, how: dict[str, Any]) -> None:
+    q, k = inputs(*shape)
+    got = pooled_probabilities(q, k, 16, 8, reduce=reduce, **how)
+    assert last_estimate().impl == "cpu"
+    same(got, pooled_probabilities(q, k, 16, 8, reduce=reduce, impl="reference", **how))
+    same(pooled_probabilities(q.float(), k.float(), 16, 8, reduce=reduce, **how).double(), got, 1e-4)
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("positions", [None, 3, 40, torch.tensor([80, 2, 2, 41, 0])], ids=str)
+@pytest.mark.parametrize("how", [{}, {"diagonals": True}, {"softcap": 2.0}, {"causal": False}], ids=str)
+def test_row_sums(positions: int | Tensor | None, how: dict[str, Any]) -> None:
+    if isinstance(positions, Tensor) and how.get("diagonals"):
+        pytest.skip("diagonals are of consecutive rows")
+    rows = len(positions) if isinstance(positions, Tensor) else 30
+    q, k = inputs(rows, 90)
+    got = row_sums(q, k, positions, **how)
+    assert last_estimate().impl == "cpu"
+    for a, b in zip(got, row_sums(q, k, positions, impl="reference", **how), strict=True):
+        same(a, b)
+
+
+def test_nothing_is_worked_out_for_keys_that_no_row_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the map, and the last tile of each piece of rows."""
+    q, k = inputs(640, 640, torch.float32)
+    sizes: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(cpu, "HELD", 64 * 640)
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out: (sizes.append(out.numel()), bmm(a, b, out=out))[1])
+    tile_maxima(q, k, 16, 8)
+    assert 0.5 * 12 * 640 * 640 < sum(sizes) < 0.62 * 12 * 640 * 640
