@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.ops.estimate import cpu, last_estimate, pooled_probabilities, row_sums, tile_maxima
+from saccade.ops.estimate import cpu, cpu_maxima, last_estimate, pooled_probabilities, row_sums, tile_maxima
 
 SHAPES = [(90, 90), (37, 90), (90, 37), (1, 64), (64, 1)]  # queries, keys
 
@@ -26,9 +26,11 @@ def same(got: Tensor | None, want: Tensor | None, at_most: float = 1e-11) -> Non
         assert float((got - want).nan_to_num(0.0, 0.0, 0.0).abs().max()) < at_most if got.numel() else True
 
 
-@pytest.fixture(params=[1 << 20, 700], ids=["together", "in pieces"])
+@pytest.fixture(params=[(1 << 20, 768, 1024), (700, 100, 20)], ids=["together", "in pieces"])
 def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "HELD", request.param)
+    monkeypatch.setattr(cpu, "HELD", request.param[0])
+    monkeypatch.setattr(cpu_maxima, "ROWS", request.param[1])
+    monkeypatch.setattr(cpu_maxima, "KEYS", request.param[2])
 
 
 @pytest.mark.usefixtures("held")
@@ -49,6 +51,20 @@ def test_tile_maxima(shape: tuple[int, int], how: dict[str, Any]) -> None:
     got = tile_maxima(q, k, 16, 8, scale=0.3, **options)
     assert last_estimate().impl == "cpu"
     same(got, tile_maxima(q, k, 16, 8, scale=0.3, impl="reference", **options))
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("shape", [(90, 90), (37, 90), (64, 80)])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_tile_maxima_within_reach(shape: tuple[int, int], softcap: float | None) -> None:
+    q, k = inputs(*shape)
+    reach = (torch.arange(-(-shape[0] // 16)) * 16 + shape[1] - shape[0] - 11).clamp(min=0) // 8 * 8
+    lse = torch.randn(2, 6, shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    how: dict[str, Any] = {"bits": 4, "group": 2, "relative_to": lse, "reach": reach, "softcap": softcap}
+    got = tile_maxima(q, k, 16, 8, **how)
+    same(got, tile_maxima(q, k, 16, 8, impl="reference", **how))
+    beyond = torch.arange(got.shape[-1]) * 8 >= reach[:, None]
+    assert bool((got == -torch.inf)[..., beyond].all()) and bool((got > -torch.inf)[..., ~beyond].all())
 
 
 @pytest.mark.usefixtures("held")
@@ -81,8 +97,11 @@ def test_nothing_is_worked_out_for_keys_that_no_row_sees(monkeypatch: pytest.Mon
     """Half of the map, and the last tile of each piece of rows."""
     q, k = inputs(640, 640, torch.float32)
     sizes: list[int] = []
-    bmm = torch.bmm
+    bmm, mm = torch.bmm, torch.mm
     monkeypatch.setattr(cpu, "HELD", 64 * 640)
     monkeypatch.setattr(torch, "bmm", lambda a, b, out: (sizes.append(out.numel()), bmm(a, b, out=out))[1])
-    tile_maxima(q, k, 16, 8)
-    assert 0.5 * 12 * 640 * 640 < sum(sizes) < 0.62 * 12 * 640 * 640
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (sizes.append(out.numel()), mm(a, b, out=out))[1])
+    for call in (lambda: pooled_probabilities(q, k, 16, 8), lambda: tile_maxima(q, k, 16, 8)):
+        sizes.clear()
+        call()
+        assert 0.3 * 12 * 640 * 640 < sum(sizes) < 0.62 * 12 * 640 * 640

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from saccade.core import Calibrated, Info, LayerContext, Partial, Prefill, Selection, merge, register
 from saccade.core.tilemath import row_tiles
-from saccade.ops.estimate import TileGrid, choose_threshold
+from saccade.ops.estimate import TileGrid, choose_threshold, tile_maxima
 from saccade.parts.bisect import first_within, halvings
 from saccade.parts.lists import run_tiles
 from saccade.parts.placed import placed
-from saccade.parts.rounded import rounded_maxima
 
 CANDIDATES = halvings(0.008, 1e-4)  # thresholds that the calibration tries
 
@@ -130,9 +129,9 @@ class SALE(Prefill, Calibrated):
     def _estimate(self, ctx: LayerContext, q: Tensor, k: Tensor, near: Partial) -> Tensor:
         """Log of the largest estimated weight of each tile beside the near keys, `(B, Hq, Tq, Tk)`, -inf for near tiles."""
         assert near.lse is not None
-        scores = rounded_maxima(
-            q, k, self.block_q, self.block_k, self._reach(q.shape[2], k.shape[2], q.device), bits=self.bits, group=self.group,
-            relative_to=near.lse, scale=ctx.scale, softcap=ctx.softcap,
+        scores = tile_maxima(
+            q, k, self.block_q, self.block_k, bits=self.bits, group=self.group, relative_to=near.lse,
+            reach=self._reach(q.shape[2], k.shape[2], q.device), scale=ctx.scale, softcap=ctx.softcap,
         )  # fmt: skip
         scores[..., : self.sinks // self.block_k] = -torch.inf
         return scores

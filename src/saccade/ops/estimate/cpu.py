@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from saccade.ops.estimate import reference
 from saccade.ops.estimate.common import TileGrid, exact
+from saccade.ops.estimate.cpu_maxima import tile_maxima
 from saccade.ops.scratch import scratch
 
 HELD = 1 << 20  # logits at a time
@@ -95,9 +96,9 @@ def _hide(logits: Tensor, grid: TileGrid, begin: int, end: int, offset: int) -> 
 
 def tile_reduce(
     q: Tensor, k: Tensor, grid: TileGrid, *, offset: int, scale: float, softcap: float, relative_to: Tensor | None, total: bool,
-    bits: int | None = None, group: int = 1, smooth: bool = True,
+    bits: int | None = None, group: int = 1, smooth: bool = True, reach: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `reference.tile_reduce`."""
+    """See `reference.tile_reduce`. reach: as in `tile_maxima`; what is beyond may be left out."""
     a, b, columns = reference.estimated(q, k, bits, group, smooth)
     less = None if relative_to is None else relative_to.to(exact(q))
     if columns is not None:
@@ -107,6 +108,8 @@ def tile_reduce(
             a, b = torch.cat([a, own.unsqueeze(-1)], -1), pad(b, (0, 1), value=1.0)
         else:
             less = -own * scale if less is None else less - own * scale
+    if not total and not softcap:
+        return tile_maxima(a, b, grid, offset, scale, less, columns, reach)
     found = q.new_full((*q.shape[:2], grid.rows, grid.columns), 0.0 if total else -torch.inf, dtype=exact(q))
     for at in score_rows(a, b, grid, offset, scale, softcap, columns):
         mine = None if less is None else less[at.batch, at.head, at.begin : at.end].unsqueeze(-1)

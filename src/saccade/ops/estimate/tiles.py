@@ -60,10 +60,9 @@ def tile_maxima(
     fast, plain = use_triton("tile_maxima", impl, q, unsupported), in_torch(impl, q)
     note("tile_maxima", "triton" if fast else plain, q, grid.n_q, grid.n_k)
     if not fast or not q.numel() or not k.numel():
-        found = (cpu if plain == "cpu" else reference).tile_reduce(
-            q, k, grid, offset=grid.offset, scale=scale, softcap=cap, relative_to=relative_to, total=False, bits=bits, group=group,
-            smooth=smooth,
-        )  # fmt: skip
+        how = {"offset": grid.offset, "scale": scale, "softcap": cap, "relative_to": relative_to, "total": False}
+        how |= {"bits": bits, "group": group, "smooth": smooth}
+        found = cpu.tile_reduce(q, k, grid, reach=reach, **how) if plain == "cpu" else reference.tile_reduce(q, k, grid, **how)
         return _within(found, block_k, reach)
     from saccade.ops.estimate.triton import maxima, quantise, tiles
 
