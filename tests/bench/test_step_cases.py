@@ -10,7 +10,8 @@ import torch
 from saccade.bench import mixer_cases, step_cases, token_cases
 from saccade.bench.case import Settings
 from saccade.bench.runner import run_cases
-from saccade.bench.step_cases import Layers, decoding
+from saccade.bench.step_cases import Layers
+from saccade.bench.step_shapes import decoding
 from saccade.bench.timing import recorded, take_turns
 from saccade.ops import decode
 

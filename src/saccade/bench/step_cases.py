@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,63 +27,27 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from saccade.attach import calibrate
 from saccade.attach.layercall import LayerCall
 from saccade.attach.layers import LayerRunner
 from saccade.bench import peers
 from saccade.bench.case import Case, Contestant, Field, Run, Settings, Work
 from saccade.bench.prefill_inputs import SHAPES
-from saccade.bench.prefill_inputs import Shape as PromptShape
+from saccade.bench.step_shapes import LAST, Shape, decoding, plans_of
 from saccade.bench.timing import recorded
+from saccade.bench.token_cases import whole_model
 from saccade.cache import KVLayer
-from saccade.core import CachePolicy, Decode, HeadLayout, Method, Plan, Rotary
+from saccade.core import CachePolicy, Decode, HeadLayout, Rotary
 from saccade.methods import build
 from saccade.ops import decode, last_run
 
 AHEAD_MS = 40.0
 STEPS = 1024  # that a case makes at most
-LAST = 64  # tokens of the prompt that are run, for policies that look at queries
-CALIBRATION = (2, 512)  # random tokens for methods with a plan
 LAYERS, FEW = 32, 8
 METHODS = (
     "quest", "quest(reduce='group_max')", "double-sparsity", "double-sparsity(reduce='group_max')", "loki",
     "loki(budget=0.0625, dims=0.125, reduce='group_max')", "tidaldecode", "tidaldecode(reduce='group_max')", "less-is-more",
     "streaming-llm", "snapkv(budget=0.25)", "zipcache(salient_bits=4, other_bits=4)",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shape:
-    n: int
-    batch: int = 8
-    heads: int = 32
-    kv_heads: int = 8
-    dim: int = 128
-    layers: int = 32
-
-    def cache_bytes(self, size: int) -> float:
-        return 2.0 * self.batch * self.kv_heads * self.n * self.dim * size * self.layers
-
-    @property
-    def prompt(self) -> PromptShape:
-        return PromptShape(self.n, self.heads, self.kv_heads, self.dim)
-
-
-def decoding(spec: str) -> Decode | CachePolicy:
-    """The method of a spec, if it acts in decoding. ValueError for others."""
-    method = build(spec)
-    if not isinstance(method, Decode | CachePolicy):
-        raise ValueError(f"{method.info.slug} acts in the {method.info.phase} phase: bench step takes decode and cache methods")
-    return method
-
-
-def plans_of(method: Method, shape: Shape, s: Settings, model: Any = None) -> dict[str, Plan]:
-    """Plans made on `model`, else on a small one of the shape's heads with random weights, which is enough for times."""
-    if "calibration" not in method.info.needs:
-        return {}
-    model = random_llama(replace(shape, n=2048), s, hidden=8 * shape.heads) if model is None else model
-    ids = torch.randint(3, 64, CALIBRATION, generator=s.generator(), device=s.device)
-    return {method.info.slug: calibrate(model, method, [ids[:1], ids[1:]])}
 
 
 class Layers:
@@ -208,12 +172,6 @@ def _torch(layers: Callable[[], Layers], s: Settings) -> list[tuple[str, Callabl
     return [(name, partial(all_layers, backends)) for name, backends in kernels.items() if s.cuda or backends is None]
 
 
-def random_llama(shape: Shape, s: Settings, hidden: int) -> Any:
-    from saccade.bench.prefill_cases import random_model
-
-    return random_model(shape.prompt, shape.layers, s, hidden=hidden)
-
-
 # -- cases ---------------------------------------------------------------------------------------------------------------
 
 
@@ -231,8 +189,6 @@ def attention_case(spec: str, shape: Shape, size: int = 2) -> Case:
 
 
 def model_case(spec: str, shape: Shape, size: int = 2) -> Case:
-    from saccade.bench.token_cases import whole_model
-
     weights = shape.layers * 13.5 * (shape.heads * shape.dim) ** 2 * size
     return Case(
         family="whole model", shape={**vars(shape), "method": build(spec).spec}, need=weights + 3 * shape.cache_bytes(size),

@@ -19,7 +19,7 @@ import torch
 
 from saccade.attach import attach
 from saccade.bench.case import Contestant, Field, Run, Settings, Skip, Work
-from saccade.bench.step_cases import LAST, Shape, decoding, plans_of, random_llama
+from saccade.bench.step_shapes import LAST, Shape, decoding, plans_of, random_llama
 from saccade.core import Decode
 from saccade.ops import last_run
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade.bench.case import Settings
-from saccade.bench.step_cases import Layers, Shape, decoding
+from saccade.bench.step_cases import Layers
+from saccade.bench.step_shapes import Shape, decoding
 from saccade.cache import parted
 from saccade.cache.codebook import SparseList
 from saccade.cache.parted import Part, PartedSegment
