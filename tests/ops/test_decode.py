@@ -173,6 +173,34 @@ def test_lists_in_chunks_equal_lists_at_once(monkeypatch: pytest.MonkeyPatch) ->
     assert float((at_once.lse - in_parts.lse).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("heads", [2, 6])  # a list for each key head, or for each query head
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("tail", [0, 5])
+def test_lists_of_very_different_lengths_are_not_filled_up(
+    heads: int, dtype: torch.dtype, softcap: float | None, tail: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    g = torch.Generator().manual_seed(heads)
+    q, k, v = (torch.randn(2, h, m, 8, generator=g).to(dtype) for h, m in ((6, 1), (2, 90), (2, 90)))
+    shares = torch.linspace(0, 0.9, heads)[None, :, None, None]
+    mask = (torch.rand(2, heads, 1, 90, generator=g) < shares) & (torch.arange(90) < 90 - tail)
+    listed = Selection.from_token_mask(mask, block_q=1, n_q=1, block_k=1, causal=False)
+    if tail:
+        last = torch.full((2, heads, 1, 1), 90 - tail)
+        listed = Selection.from_parts(n_q=1, n_k=90, block_q=1, block_k=tail, starts=last, tokens=listed.tokens, causal=False)
+    copied: list[int] = []
+    copies = single.copies
+    monkeypatch.setattr(single, "copies", lambda rows, index: (copied.append(index.numel()), copies(rows, index))[1])
+    got = decode(q, k, v, listed, softcap=softcap, return_lse=True)
+    want = decode(q.double(), k.double(), v.double(), listed, softcap=softcap, return_lse=True, impl="reference")
+    assert copied and set(copied) == {int(mask.sum()) + 2 * heads * tail}
+    assert torch.equal(got.lse.isneginf(), want.lse.isneginf())
+    assert float((got.lse - want.lse).nan_to_num(0.0).abs().max()) < 1e-5
+    assert float((got.out - want.out).abs().max()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    none = Selection.from_token_mask(torch.zeros_like(mask), block_q=1, n_q=1, block_k=1, causal=False)
+    assert not decode(q, k, v, none).out.any()
+
+
 def test_a_list_of_every_key_runs_dense() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, m, 16, generator=g) for h, m in ((4, 1), (2, 100), (2, 100)))

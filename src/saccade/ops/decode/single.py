@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core import Partial, Selection
 from saccade.ops.attend.problem import Problem
-from saccade.ops.decode.listed import Ends, Listed
+from saccade.ops.decode.listed import BAGGED, Ends, Listed, copies
+from saccade.ops.scratch import as_exact
 
-RAGGED = 0.75  # below this filling of the padded lists, padding costs more than running the heads one by one
+RAGGED = 0.75  # below this filling of the padded lists, padding costs more than running the lists one by one
 CHUNK = 4 << 20  # bytes of keys gathered at a time, but a list for each thread at least: they are read again while still in cache
 
 
@@ -22,16 +26,26 @@ def covers_all(s: Selection, ends: Ends) -> bool:
 
 
 def takes(problem: Problem, ends: Ends) -> bool:
-    """Whether `attend` below is the right way: one query, no gradients, lists of about one length, a tile of keys."""
+    """Whether `attend` below is the right way: one query, no gradients, a tile of keys, and lists of about one length or single keys."""
     s = problem.selection
     assert s is not None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (problem.q, problem.k, problem.v))
     longest = s.starts.shape[-1] * s.block_k + s.tokens.shape[-1]
     if problem.q.shape[2] != 1 or needs_grad or longest == 0 or (ends.start >= 0 and s.n_k < s.block_k):
         return False
-    if max(ends) < s.n_k:
-        return True
-    return float((s.start_counts * s.block_k + s.token_counts).float().mean()) >= RAGGED * longest
+    return max(ends) < s.n_k or _single_keys(problem) or not _ragged(s)
+
+
+def _ragged(s: Selection) -> bool:
+    longest = s.starts.shape[-1] * s.block_k + s.tokens.shape[-1]
+    return float((s.start_counts * s.block_k + s.token_counts).float().mean()) < RAGGED * longest
+
+
+def _single_keys(problem: Problem) -> bool:
+    """Whether lists are read key by key, and so can be read without what fills the shorter ones up."""
+    s, given = problem.selection, (problem.k, problem.v)
+    assert s is not None
+    return s.starts.shape[-1] * s.block_k <= s.tokens.shape[-1] and all(x.dtype in BAGGED and not x.is_cuda for x in given)
 
 
 def attend(problem: Problem, ends: Ends) -> Partial:
@@ -44,6 +58,9 @@ def attend(problem: Problem, ends: Ends) -> Partial:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries = q.reshape(batch * lists, heads // lists, dim).to(exact)
     listed = Listed.of(s, batch, lists, ends)
+    if listed.gaps is not None and not listed.singles_from and _single_keys(problem) and _ragged(s):
+        out, lse = _attend_each(problem, queries, listed, exact)
+        return Partial(out.view(batch, heads, 1, -1).to(q.dtype), None if lse is None else lse.view(batch, heads, 1))
     # sums of rows by weight are spread over threads list by list
     step = max(torch.get_num_threads(), CHUNK // (listed.length * dim * exact.itemsize))
     if step >= batch * lists:
@@ -84,3 +101,34 @@ def _attend(problem: Problem, queries: Tensor, listed: Listed, exact: torch.dtyp
         # a head without any key is 0 by policy, where softmax over nothing gives nan
         out = torch.bmm(weights.masked_fill(logits == -torch.inf, 0.0), v)
     return Partial(out, lse)
+
+
+def _attend_each(problem: Problem, queries: Tensor, listed: Listed, exact: torch.dtype) -> Partial:
+    """The same over single keys, in lists of their own lengths one behind the other: only logits are filled up."""
+    assert listed.gaps is not None
+    there = ~listed.gaps
+    counts = there.sum(-1).tolist()
+    if not any(counts):
+        lse = queries.new_full(queries.shape[:2], -torch.inf) if problem.return_lse else None
+        return Partial(queries.new_zeros(*queries.shape[:2], problem.v.shape[-1]), lse)
+    rows = listed.rows(problem.k)
+    keys = as_exact(copies(rows.flat, rows.singles[there]), exact, "exact rows").split(counts)
+    logits = queries.new_full((*queries.shape[:2], there.shape[1]), -torch.inf)
+    own = (queries * problem.scale).unbind()
+    logits.transpose(1, 2)[there] = torch.cat([torch.mm(k, q.mT) for k, q in zip(keys, own, strict=True)])
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
+        logits.masked_fill_(listed.gaps.unsqueeze(1), -torch.inf)
+    if listed.weight is not None:
+        logits += listed.weight.unsqueeze(1)
+    # over nothing it is nan, which nobody reads
+    weights = torch.softmax(logits, dim=-1).transpose(1, 2)[there]
+    lse = torch.logsumexp(logits, dim=-1) if problem.return_lse else None
+    rows = listed.rows(problem.v, like=rows)
+    index = rows.singles[there]
+    if queries.shape[1] == 1 and rows.flat.dtype == exact:
+        bags = torch.tensor([0, *itertools.accumulate(counts[:-1])])
+        out = F.embedding_bag(index, rows.flat, bags, per_sample_weights=weights.squeeze(-1), mode="sum").unsqueeze(1)
+        return Partial(out.to(exact), lse)
+    values = as_exact(copies(rows.flat, index), exact, "exact rows").split(counts)
+    return Partial(torch.stack([torch.mm(w.mT, v) for w, v in zip(weights.split(counts), values, strict=True)]), lse)
