@@ -51,7 +51,8 @@ class ZipCache(CachePolicy):
 
     other_share: r, the share of tokens per head that get other_bits, in [0, 1]. probe_share: probe rows as a share of the tokens,
     in (0, 1], half the most recent and half drawn from the rest. interval: G, full-precision tokens at which decoding encodes them,
-    ranked by the current query's attention (a later turn's prompt is encoded like the first one, with the tokens before it).
+    ranked by the current query's attention (a later turn's prompt is encoded like the first one, with the tokens before it). Each
+    time adds two calls a layer to the steps that follow: an answer of thousands of tokens wants a larger one.
     """
 
     salient_bits: int = 4
