@@ -51,13 +51,15 @@ def fused(problem: Problem) -> tuple[str, Partial] | None:
         return None
     if not problem.return_lse and (not problem.causal or n_q in (1, n_k)):
         return "sdpa", Partial(_sdpa(problem, causal=problem.causal and n_q > 1), None)
-    if problem.causal and 1 < n_q < n_k and not problem.return_lse:
-        # new rows over old keys: what is older is wholly visible, what is new is a causal square
+    if problem.causal and 1 < n_q < n_k and (not problem.return_lse or q.dtype in (torch.float32, torch.float64)):
+        # new rows over old keys: what is older is wholly visible, what is new is a causal square. In half precision a result that
+        # is merged once more would be rounded twice
         past, new = n_k - n_q, slice(n_k - n_q, None)
         old = _with_lse(q, k[:, :, :past], v[:, :, :past], problem, causal=False)
         own = _with_lse(q, k[:, :, new], v[:, :, new], problem, causal=True)
         if old is not None and own is not None:
-            return "sdpa+lse", Partial(merge(old, own).out, None)
+            both = merge(old, own)
+            return "sdpa+lse", both if problem.return_lse else Partial(both.out, None)
     if not problem.causal or n_q in (1, n_k):
         part = _with_lse(q, k, v, problem, causal=problem.causal and n_q > 1)
         if part is not None:
