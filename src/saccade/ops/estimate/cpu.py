@@ -94,6 +94,7 @@ def _hide(logits: Tensor, grid: TileGrid, begin: int, end: int, offset: int) -> 
     logits[:, :, clear:].masked_fill_(keys.unsqueeze(1) > last.view(1, -1, 1), -torch.inf)
 
 
+@torch.no_grad()
 def tile_reduce(
     q: Tensor, k: Tensor, grid: TileGrid, *, offset: int, scale: float, softcap: float, relative_to: Tensor | None, total: bool,
     bits: int | None = None, group: int = 1, smooth: bool = True, reach: Tensor | None = None,
@@ -123,6 +124,7 @@ def tile_reduce(
     return found
 
 
+@torch.no_grad()
 def pooled_probabilities(
     q: Tensor, k: Tensor, grid: TileGrid, *, offset: int, scale: float, softcap: float, total: bool, seen: Tensor | None = None
 ) -> Tensor:  # fmt: skip
@@ -150,6 +152,7 @@ def _put(found: Tensor, at: Rows, grid: TileGrid, reduced: Tensor, total: bool) 
     found[at.batch, at.head, first : first + tiled.shape[0], : tiled.shape[2]] = tiled.sum(1) if total else tiled.amax(1)
 
 
+@torch.no_grad()
 def row_sums(
     q: Tensor, k: Tensor, limits: Tensor, first: int | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
