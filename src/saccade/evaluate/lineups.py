@@ -41,7 +41,7 @@ PREFILL: dict[str, dict[str, str]] = {
     },
     "sampleattention": {
         "0.4": "sampleattention(alpha=0.86, window_share=0.08)", "0.2": "sampleattention(alpha=0.67, window_share=0.04)",
-        "0.1": "sampleattention(alpha=0.46, window_share=0.02)", "0.15": "sampleattention(alpha=0.54, window_share=0.03)",
+        "0.1": "sampleattention(alpha=0.46, window_share=0.02)", "0.15": "sampleattention(alpha=0.57, window_share=0.02)",
     },
     "pbs-attn": {
         "0.4": "pbs-attn(tau=0.92, block=32, segment=128, scores='antidiagonal', stride=4)",
@@ -51,11 +51,12 @@ PREFILL: dict[str, dict[str, str]] = {
     },
     "anchorattention": {
         "0.4": "anchorattention(theta=10.0, block=64, step=4, tail=64)", "0.2": "anchorattention(theta=7.5, block=64, step=4, tail=64)",
-        "0.1": "anchorattention(theta=3.0, block=64, step=2, tail=64)", "0.15": "anchorattention(theta=8.0, block=64, step=4, tail=64)",
+        "0.1": "anchorattention(theta=3.0, block=64, step=2, tail=64)",
+        "0.15": "anchorattention(theta=8.0, block=32, step=2, local=16, initial=4, tail=64)",
     },
     "proxyattn": {
         "0.4": "proxyattn(gamma=0.98, least=256, block=32)", "0.2": "proxyattn(gamma=0.91, least=128, block=32)",
-        "0.1": "proxyattn(gamma=0.77, least=64, block=32)", "0.15": "proxyattn(gamma=0.88, least=512, block=32)",
+        "0.1": "proxyattn(gamma=0.77, least=64, block=32)", "0.15": "proxyattn(gamma=0.83, groups=2, stride=2, least=256, block=32)",
     },
     "minference": {
         "0.4": "minference(columns=0.07, offsets=0.055)", "0.2": "minference(columns=0.04, offsets=0.035)",
