@@ -170,7 +170,8 @@ class _Codes:
 
     def _spans(self, begin: int, end: int) -> Iterator[_Span]:
         x = self.packed
-        most = max(SPAN * torch.get_num_threads() // max(self.batch * self.heads * self.width * self.lanes, 1), 64)
+        held = SPAN * torch.get_num_threads() if x.codes.device.type == "cpu" else ROOM
+        most = max(held // max(self.batch * self.heads * self.width * self.lanes, 1), 64)
         if x.granularity == "token":
             yield from (_Span(at, min(at + most, end), min(most, end - at), 0) for at in range(begin, end, most))
             return
