@@ -58,7 +58,7 @@ PREFILL: dict[str, dict[str, str]] = {
         "0.4": "proxyattn(gamma=0.98, groups=2, stride=2, least=256, block=32)",
         "0.2": "proxyattn(gamma=0.91, groups=2, stride=2, least=128, block=32)",
         "0.1": "proxyattn(gamma=0.77, groups=2, stride=2, least=64, block=32)",
-        "0.15": "proxyattn(gamma=0.83, groups=2, stride=2, least=256, block=32)",
+        "0.15": "proxyattn(gamma=0.84, groups=2, stride=1, least=256, block=32)",
     },
     "minference": {
         "0.4": "minference(columns=0.07, offsets=0.055)", "0.2": "minference(columns=0.04, offsets=0.035)",
