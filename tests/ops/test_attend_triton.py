@@ -13,7 +13,7 @@ from torch import Tensor
 
 import saccade
 from saccade.core import Selection
-from saccade.ops import attend
+from saccade.ops import attend, routes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter holds bfloat16 as bit patterns that its products don't understand
@@ -213,6 +213,20 @@ def test_same_result_twice() -> None:
     s = blocks(70, 70, 32, 32)
     a, b = (attend(q, k, v, s, impl="triton").out for _ in range(2))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("over", ["out", "lse", "both"])
+def test_gradients_through_the_op_are_those_of_a_plain_call(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.float().requires_grad_() for x in draw(40, 40))
+    s, found = blocks(40, 40, 16, 16), []
+    for unwatched in (True, False):
+        monkeypatch.setattr(routes, "unwatched", lambda *_, answer=unwatched: answer)
+        part = attend(q, k, v, s, return_lse=True, impl="triton")
+        assert part.lse is not None
+        losses = {"out": part.out.square().sum(), "lse": torch.where(part.lse > -torch.inf, part.lse, 0.0).square().sum()}
+        loss = losses["out"] + losses["lse"] if over == "both" else losses[over]
+        found.append(torch.autograd.grad(loss, (q, k) if over == "lse" else (q, k, v)))
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(*found, strict=True))
 
 
 def test_operators_are_sound_for_the_compiler() -> None:
