@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.core import HeadLayout, check_attention_inputs
+from saccade.core import HeadLayout, check_attention_inputs, over_groups
 from tests.core.cases import few
 
 
@@ -64,3 +64,9 @@ def test_inputs_that_do_not_fit_are_named(changes: dict[str, object], error: typ
     with pytest.raises(error, match=names) as raised:
         check_attention_inputs(**call(**changes))  # pyright: ignore[reportArgumentType]
     assert "\n" not in str(raised.value)
+
+
+def test_products_over_groups_are_those_of_each_head() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 4, 5, 6, generator=g), torch.randn(2, 3, 6, 7, generator=g)
+    assert torch.allclose(over_groups(x, y), x @ y.unsqueeze(2), atol=1e-6)

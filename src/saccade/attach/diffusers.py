@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from saccade.core import Budget, Mass, Selection
+from saccade.core import Budget, Mass, Selection, over_groups
 from saccade.methods.static.neighborhood import neighborhood_attention
 from saccade.ops import attend, last_run
 from saccade.parts.choose import choose
@@ -110,8 +110,7 @@ class BlockMethod:
     def _tiles(self, q: Tensor, k: Tensor, block: int, scale: float) -> Tensor:
         """Which key tiles each query tile reads, bool `(B, Hq, T, T)`; a tile always reads itself."""
         means_q, means_k = pool_mean(q, block), pool_mean(k, block)
-        group = q.shape[1] // k.shape[1]
-        scores = (means_q.unflatten(1, (-1, group)) @ means_k.unsqueeze(2).mT).flatten(1, 2) * scale
+        scores = over_groups(means_q.unflatten(1, (k.shape[1], -1)), means_k.mT).flatten(1, 2) * scale
         budget = Budget.of(self.budget)
         chosen = choose(scores.softmax(-1) if isinstance(budget.amount, Mass) else scores, budget)
         return chosen | torch.eye(chosen.shape[-1], dtype=torch.bool, device=chosen.device)

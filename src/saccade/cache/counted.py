@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.segment import Rectangle, Segment
-from saccade.core import Partial
+from saccade.core import Partial, over_groups
 
 
 class CountedSegment(Segment):
@@ -68,7 +68,7 @@ class CountedSegment(Segment):
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Partial:
         exact = torch.promote_types(q.dtype, torch.float32)
         heads = self.keys.shape[1]
-        logits = (q.to(exact).unflatten(1, (heads, -1)) @ self.keys.to(exact).unsqueeze(2).mT).squeeze(-1) * scale
+        logits = over_groups(q.to(exact).unflatten(1, (heads, -1)), self.keys.to(exact).mT).squeeze(-1) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         # log 0 = -inf: a head that has dropped nothing reads nothing here

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.cache.pooled_store import PooledStore
-from saccade.core import Call, Info, Mixer, MixerShape, Selection, TokenMixer, format_spec, register
+from saccade.core import Call, Info, Mixer, MixerShape, Selection, TokenMixer, format_spec, over_groups, register
 from saccade.methods.linear.softmax import Softmax, SoftmaxMixer
 from saccade.ops import attend, decode
 from saccade.parts.linear.gates import HeadGate
@@ -200,7 +200,7 @@ class SparseMixer(SoftmaxMixer):
             wide = score.dtype
             inside = (place >= begins[:, None]) & (place < begins[:, None] + m.window)
             means = (inside.to(wide) / m.window) @ k.to(wide)
-            logits = (q.to(wide) * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1)) @ means.mT.unsqueeze(2)
+            logits = over_groups((q.to(wide) * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1)), means.mT)
             ended = begins + m.window <= place[:, None] + 1
             p = logits.masked_fill(~ended, float("-inf")).softmax(-1).nan_to_num(0.0).sum(2)
             meets = (begins[:, None] < (ids + 1) * m.block) & (begins[:, None] + m.window > ids * m.block)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from saccade.ops.estimate import reference
 from saccade.ops.estimate.common import TileGrid, exact
-from saccade.ops.estimate.cpu_maxima import tile_maxima
+from saccade.ops.estimate.cpu_maxima import by_products
 from saccade.ops.scratch import scratch
 
 HELD = 1 << 20  # logits at a time
@@ -95,11 +95,11 @@ def _hide(logits: Tensor, grid: TileGrid, begin: int, end: int, offset: int) -> 
 
 
 @torch.no_grad()
-def tile_reduce(
-    q: Tensor, k: Tensor, grid: TileGrid, *, offset: int, scale: float, softcap: float, relative_to: Tensor | None, total: bool,
-    bits: int | None = None, group: int = 1, smooth: bool = True, reach: Tensor | None = None,
+def tile_maxima(
+    q: Tensor, k: Tensor, grid: TileGrid, *, offset: int, scale: float, softcap: float, relative_to: Tensor | None, bits: int | None,
+    group: int, smooth: bool, reach: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """See `reference.tile_reduce`. reach: as in `tile_maxima`; what is beyond may be left out."""
+    """See `saccade.ops.estimate.tile_maxima`; what is beyond `reach` may be left out. Only a cap needs logits one by one."""
     a, b, columns = reference.estimated(q, k, bits, group, smooth)
     less = None if relative_to is None else relative_to.to(exact(q))
     if columns is not None:
@@ -109,18 +109,14 @@ def tile_reduce(
             a, b = torch.cat([a, own.unsqueeze(-1)], -1), pad(b, (0, 1), value=1.0)
         else:
             less = -own * scale if less is None else less - own * scale
-    if not total and not softcap:
-        return tile_maxima(a, b, grid, offset, scale, less, columns, reach)
-    found = q.new_full((*q.shape[:2], grid.rows, grid.columns), 0.0 if total else -torch.inf, dtype=exact(q))
+    if not softcap:
+        return by_products(a, b, grid, offset, scale, less, columns, reach)
+    found = q.new_full((*q.shape[:2], grid.rows, grid.columns), -torch.inf, dtype=exact(q))
     for at in score_rows(a, b, grid, offset, scale, softcap, columns):
-        mine = None if less is None else less[at.batch, at.head, at.begin : at.end].unsqueeze(-1)
-        if total:
-            z = at.logits if mine is None else at.logits.sub_(mine)
-            reduced = z.exp_().sum(0)
-        else:
-            reduced = at.logits.amax(0)
-            reduced = reduced if mine is None else reduced.sub_(mine)
-        _put(found, at, grid, reduced, total)
+        reduced = at.logits.amax(0)
+        if less is not None:
+            reduced -= less[at.batch, at.head, at.begin : at.end].unsqueeze(-1)
+        _put(found, at, grid, reduced, False)
     return found
 
 

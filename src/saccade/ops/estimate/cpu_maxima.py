@@ -16,7 +16,7 @@ from saccade.ops.scratch import scratch
 ROWS, KEYS = 768, 1024  # of one product: its result stays in the cache of a core
 
 
-def tile_maxima(
+def by_products(
     q: Tensor, k: Tensor, grid: TileGrid, offset: int, scale: float, less: Tensor | None, columns: Tensor | None, reach: Tensor | None
 ) -> Tensor:  # fmt: skip
     """The maximum over each tile of `scale * (q_i.k_j + columns_j) - less_i`, `(B, Hq, Tq, Tk)`, -inf without a visible pair.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saccade.core import over_groups
 from saccade.ops.estimate.common import TileGrid, exact
 
 ROWS = 64  # query rows whose probabilities are held at a time
@@ -43,15 +44,9 @@ def statistics(x: Tensor, block: int, shift: Tensor | None) -> tuple[Tensor, Ten
     return pool(moved, block, "mean"), pool(units, block, "mean").square().sum(-1)
 
 
-def grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """`(B, Hq, N, D)` as rows of their key/value head, `(B, Hk, group * N, D)`."""
-    return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-
-
 def products(q: Tensor, k: Tensor) -> Tensor:
     """q.k for q `(B, Hq, Nq, D)` and k `(B, Hk, Nk, D)`: `(B, Hq, Nq, Nk)`, keys not repeated."""
-    shape = (*q.shape[:3], k.shape[2])
-    return (grouped(q.to(exact(q)), k.shape[1]) @ k.to(exact(k)).mT).reshape(shape)
+    return over_groups(q.to(exact(q)).unflatten(1, (k.shape[1], -1)), k.to(exact(k)).mT).flatten(1, 2)
 
 
 def page_bounds(q: Tensor, low: Tensor, high: Tensor, grid: TileGrid | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -60,9 +61,10 @@ def tile_maxima(
     fast, plain = use_triton("tile_maxima", impl, q, unsupported), in_torch(impl, q)
     note("tile_maxima", "triton" if fast else plain, q, grid.n_q, grid.n_k)
     if not fast or not q.numel() or not k.numel():
-        how = {"offset": grid.offset, "scale": scale, "softcap": cap, "relative_to": relative_to, "total": False}
-        how |= {"bits": bits, "group": group, "smooth": smooth}
-        found = cpu.tile_reduce(q, k, grid, reach=reach, **how) if plain == "cpu" else reference.tile_reduce(q, k, grid, **how)
+        find = partial(cpu.tile_maxima, reach=reach) if plain == "cpu" else partial(reference.tile_reduce, total=False)
+        found = find(
+            q, k, grid, offset=grid.offset, scale=scale, softcap=cap, relative_to=relative_to, bits=bits, group=group, smooth=smooth
+        )
         return _within(found, block_k, reach)
     from saccade.ops.estimate.triton import maxima, quantise, tiles
 
