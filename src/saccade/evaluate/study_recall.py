@@ -35,8 +35,8 @@ LLAMA = "llama"  # a contestant of its own: the transformer of the transformers 
 CONTESTANTS = (
     "softmax", "lightning-attention", "deltanet", "kimi-linear(gate='token')", "kimi-linear",
     "based(part='conv'),based",  # the linear part alone has no positions, so no layer could tell which value follows a key
-    # with slopes of the paper its first layers see little but the token before, which softmax needs to look a value up; the slow
-    # ones of the released models tell two heads nothing of the order
+    # with slopes of the paper its first layers see the newest tokens only, so a value knows the key before it, which softmax needs to look
+    # it up; the slow ones of the released models tell two heads nothing of the order
     "lightning-attention(slopes='linear')*3,softmax", "deltanet*3,softmax", "kimi-linear*3,softmax",
 )  # fmt: skip
 

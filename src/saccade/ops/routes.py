@@ -1,7 +1,7 @@
 """Two routes to a kernel: as an op of torch.library, which compilers, transforms and modes see as one, or as the Python function it is.
 
-What the op adds to a call, wrapping, dispatch and a generic backward node, costs the host 50 us, and 150 more where gradients are wanted:
-as much as the kernels of a short sequence take. A call that nobody looks at goes without.
+What the op adds to a call, wrapping, dispatch and a generic backward node, costs the host as much again as all else it does where gradients
+are wanted (`benchmarks/host.py` measures both). A call that nobody looks at goes without.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def takes_codes(v: Tensor, lists: Lists | None, keys: int, dim: int) -> bool:
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
 
 
-@functools.cache  # worked out in Python, at a tenth of what a short call costs the host
+@functools.cache  # Triton works it out in Python, anew for each descriptor
 def _swizzled(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, dim], ELEMENTS[dtype])
 

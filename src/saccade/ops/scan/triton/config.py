@@ -63,7 +63,7 @@ class Config:
         return replace(self, columns=self.back_columns, programs=self.back_programs)
 
 
-@cache  # a host that makes them anew spends a sixth of its time on it
+@cache  # every call asks, and a frozen dataclass takes long to make
 def config(d: int, dv: int, dtype: torch.dtype, *, delta: bool, channel: bool) -> Config:
     """The table: made for sm_90; float32 takes narrow tiles, as its products run on the plain units, exactly."""
     wide = max(next_power_of_two(d), 16)
